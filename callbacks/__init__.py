@@ -1,0 +1,6 @@
+"""Callbacks and loggers, one a file."""
+
+from callbacks.hugging_face_export import HuggingFaceExport
+from callbacks.nemotron_evaluation import NemotronEvaluation
+
+__all__ = ["HuggingFaceExport", "NemotronEvaluation"]

@@ -1,0 +1,61 @@
+"""A logger that appends every metric to ``metrics.jsonl`` in the run's folder, for ``compare`` and for anyone else."""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+
+class MetricsFile(Logger):
+    """One JSON line for each step that logs; tables of text go to ``tables.jsonl`` beside it.
+
+    Args:
+        directory: The run's folder.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self.directory = Path(directory)
+
+    @property
+    @override
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return str(self.directory)
+
+    @override
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run's options are in ``config.yaml``."""
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append("metrics.jsonl", {"step": step, **finite})
+
+    @rank_zero_only
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
+        """Append the rows of a table."""
+        for row in data:
+            cells = [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row]
+            self._append("tables.jsonl", {"table": key, **dict(zip(columns, cells, strict=True))})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

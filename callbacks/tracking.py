@@ -1,0 +1,78 @@
+"""Weights & Biases with the suite's names, offline where nobody is logged in."""
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import WandbLogger
+
+PROJECT = "cs224r_deeprl_final"
+
+
+class WandbTracking(WandbLogger):
+    """WandbLogger that never asks for a login: without a key it records offline, for ``wandb sync`` later.
+
+    Args:
+        save_dir: The run's folder.
+        name: Run name, ``<method>-<model>-<dataset>``.
+        job_type: The method.
+        group: Runs that belong together; one pipeline.
+        tags: Words to find the run by.
+        project: W&B project; the environment's ``WANDB_PROJECT`` goes first.
+        mode: ``online``, ``offline`` or ``disabled``; where not given, the environment's ``WANDB_MODE``, else online
+            where there is a key.
+        checkpoints: Upload ``none``, the ``last`` checkpoints at the end, or ``all`` as they are written.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        name: str | None = None,
+        job_type: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        project: str = PROJECT,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+        checkpoints: Literal["none", "last", "all"] = "none",
+    ) -> None:
+        Path(save_dir).mkdir(parents=True, exist_ok=True)
+        mode = mode or environment_mode()
+        offline = mode != "online"
+        upload: Literal["all"] | bool = {"none": False, "last": True, "all": "all"}[checkpoints]  # type: ignore[assignment]
+        extra: dict[str, Any] = {"mode": mode, "job_type": job_type, "group": group, "tags": tags}
+        super().__init__(
+            name=name,
+            save_dir=save_dir,
+            project=os.environ.get("WANDB_PROJECT", project),
+            offline=offline,
+            log_model=upload if not offline else False,
+            **extra,
+        )
+
+
+def environment_mode() -> Literal["online", "offline", "disabled"]:
+    """``WANDB_MODE`` where it is set; else online where a key is found, as ``wandb login`` leaves it."""
+    asked = os.environ.get("WANDB_MODE")
+    if asked in ("online", "offline", "disabled"):
+        return asked  # type: ignore[return-value]
+    return "online" if os.environ.get("WANDB_API_KEY") or _logged_in() else "offline"
+
+
+def _logged_in() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def run_name(method: str, model_name: str, dataset_name: str) -> str:
+    """``<method>-<model>-<dataset>``, of hub ids and of directories alike; ``outputs/sft/final`` is called ``sft``."""
+    return "-".join([method, _short(model_name), _short(dataset_name)])
+
+
+def _short(name: str) -> str:
+    path = Path(name)
+    return path.parent.name if path.name == "final" else path.stem if path.suffix in (".parquet", ".jsonl") else path.name

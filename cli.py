@@ -1,0 +1,77 @@
+"""The command line: fit and validate on LightningCLI, compare, and serve-reward."""
+
+import os
+import sys
+from importlib import import_module
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse 5 will drop
+
+HELP = """usage: python cli.py COMMAND [options]
+
+  fit           train with SFT, a reward model's loss, DPO or RLOO
+                  python cli.py fit --config configs/sft.yaml
+  validate      evaluate a model against a reference
+                  python cli.py validate --config configs/dpo.yaml --model.model_name outputs/dpo/final
+  compare       put runs side by side: a table, summary.json and report.html
+                  python cli.py compare outputs/sft outputs/dpo outputs/rloo --output outputs/report
+  serve-reward  serve a reward model under the protocol of NVIDIA's Nemotron API
+                  python cli.py serve-reward --model outputs/reward/final --port 8000
+
+options of fit and validate that matter most (any option of a config can stand on the command line):
+  --config FILE                          a complete config; further ones overlay it (configs/trainer/ddp.yaml)
+  --model.model_name NAME                hub id or directory of the model to start from
+  --model.learning_rate RATE             peak learning rate
+  --data.dataset_name NAME               hub id, or a directory or file of parquet or JSONL
+  --data.batch_size N, --data.max_length TOKENS, --data.max_samples N
+  --trainer.max_epochs N, --trainer.devices N, --trainer.default_root_dir DIR
+  --evaluation.num_prompts N             prompts judged at epoch end; 0 for none
+  --wandb.mode online|offline|disabled   offline where nobody is logged in
+  --ckpt_path last                       resume the run in this folder
+  --print_config                         show every option as it would be used, and stop
+
+`python cli.py COMMAND --help` lists all options. Keys come from the environment: NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
+An error is one line; --debug anywhere shows where it came from.
+"""
+
+
+MODULES = {
+    "fit": "commands.lightning",
+    "validate": "commands.lightning",
+    "compare": "commands.compare",
+    "serve-reward": "commands.serve_reward",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; what the user can mend ends with one line and exit code 2."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    command, *rest = arguments
+    if command not in MODULES:
+        print(f"error: no command {command!r}; the commands are {', '.join(MODULES)}", file=sys.stderr)
+        return 2
+    from datamodules.errors import ConfigurationError
+
+    mendable: tuple[type[Exception], ...] = (ConfigurationError,)
+    if command in ("fit", "validate"):
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        mendable = (ConfigurationError, MisconfigurationException)
+        rest = [command, *rest]
+    sys.argv = [sys.argv[0], *rest]  # what the parsers read, and what DDP starts its other processes with
+    try:
+        import_module(MODULES[command]).run()
+    except mendable as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())  # rewards and datasets of the user's own
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""``fit`` and ``validate``: LightningCLI with the suite's run folder, loggers, checkpoints, export and evaluation."""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from callbacks import HuggingFaceExport, NemotronEvaluation
+from callbacks.line_progress import LineProgress
+from callbacks.metrics_file import MetricsFile
+from callbacks.tracking import WandbTracking, run_name
+from datamodules.base import ChatDataModule
+from lightning_modules.base import FineTuningModule
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a line or two, without the usage of five hundred options."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line for line in message.strip().splitlines() if line.strip()]
+        sys.stderr.write("error: " + "\n".join(lines[:8]) + "\n")
+        raise SystemExit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the config of a fit in the run's folder and with every logger."""
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.as_dict())
+
+
+class SuiteCLI(LightningCLI):
+    """Adds the run's folder, its loggers, checkpoints, export and evaluation."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+        return {"fit": skipped, "validate": skipped}
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(HuggingFaceExport, "export")
+        parser.add_lightning_class_args(NemotronEvaluation, "evaluation")
+        parser.add_class_arguments(
+            WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False
+        )
+        parser.link_arguments("model.init_args.model_name", "data.init_args.model_name")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.filename": "best-{epoch}",
+                "checkpoint.save_last": True,
+            }
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        root = config.trainer.default_root_dir or "outputs/run"
+        config.trainer.default_root_dir = root
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(root) / "checkpoints")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self.config[self.subcommand]
+        root = config.trainer.default_root_dir
+        if config.trainer.logger is None or config.trainer.logger is True:
+            name = run_name(self.model.method, self.model.model_name, self.datamodule.dataset_name)
+            wandb = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
+            kwargs["logger"] = [MetricsFile(root), wandb]
+        if not sys.stdout.isatty():
+            self.trainer_defaults["callbacks"] = [LineProgress()]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        self.model.check_options()
+
+    def before_validate(self) -> None:
+        self.model.check_options()
+
+
+def run() -> None:
+    """Run ``fit`` or ``validate``, as the command line says."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    SuiteCLI(
+        FineTuningModule,
+        ChatDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=42,
+        parser_class=Parser,
+        parser_kwargs={"allow_abbrev": False},
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+    )

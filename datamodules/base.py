@@ -1,0 +1,176 @@
+"""What every data module does alike: load, encode, report what was dropped, and batch, on one process or many."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
+from datamodules.chat import Message, load_tokenizer, tail_ids
+from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
+from datamodules.errors import ConfigurationError
+from datamodules.source import load_rows
+
+Task = Literal["conversations", "preferences", "prompts"]
+"""What a batch holds: whole conversations (SFT), preference pairs (DPO, reward), or prompts to sample from (RLOO)."""
+
+ROWS_PER_WORKER = 2_000
+
+
+class ChatDataModule(LightningDataModule):
+    """Loads a chat dataset and yields it as one of the tasks; a dataset's own module says where its rows come from.
+
+    Args:
+        model_name: Whose tokenizer and chat template to use; under ``cli.py`` it is linked to the model's.
+        dataset_name: Hub id, or a directory or file of parquet or JSONL in the same columns.
+        task: What a batch holds: ``conversations``, ``preferences`` or ``prompts``.
+        batch_size: Rows per batch and process.
+        max_length: Longest sequence in tokens; of a prompt alone where the task is ``prompts``. A longer one loses
+            its earliest exchanges, and is dropped where its last exchange alone is too long.
+        num_workers: Processes that load batches, and that tokenise where a split is large.
+        max_samples: Take only this many rows of each split.
+        seed: Of the order in which the rows are seen.
+    """
+
+    train_split: ClassVar[str]
+    validation_split: ClassVar[str]
+    readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]]
+    """For each task that the dataset serves, the function from a row to its messages."""
+    columns: ClassVar[Sequence[str]]
+
+    def __init__(
+        self,
+        model_name: str,
+        dataset_name: str,
+        task: Task,
+        batch_size: int = 8,
+        max_length: int = 512,
+        num_workers: int = 0,
+        max_samples: int | None = None,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if task not in get_args(Task):
+            raise ConfigurationError(f"data.task must be one of {get_args(Task)}, got {task!r}")
+        if task not in self.readers:
+            raise ConfigurationError(f"{name} has no {task}, only {list(self.readers)}; change data.task or data")
+        for option, value in (("batch_size", batch_size), ("max_length", max_length), ("max_samples", max_samples)):
+            if value is not None and value < 1:
+                raise ConfigurationError(f"data.{option} must be at least 1, got {value}")
+        self.model_name = model_name
+        self.dataset_name = dataset_name
+        self.task: Task = task
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.max_samples = max_samples
+        self.seed = seed
+        self.dropped: dict[str, Counter[str]] = {}
+        self._splits: dict[str, Dataset] = {}
+
+    @override
+    def prepare_data(self) -> None:
+        """Tokenise on one process first; the others then read its cache."""
+        self.setup("fit")
+
+    @override
+    def setup(self, stage: str) -> None:
+        wanted = [self.train_split, self.validation_split] if stage == "fit" else [self.validation_split]
+        if set(wanted) <= set(self._splits):
+            return
+        self.tokenizer = load_tokenizer(self.model_name)
+        for split in wanted:
+            if split not in self._splits:
+                self._splits[split] = self._encoded(split)
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        rows, world_size, rank = self._splits[self.train_split], *self._processes()
+        sampler = DistributedSampler(rows, world_size, rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type, var-annotated]
+        return self._loader(rows, sampler)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        rows, world_size, rank = self._splits[self.validation_split], *self._processes()
+        sampler = UnrepeatedDistributedSampler(rows, num_replicas=world_size, rank=rank, shuffle=False)
+        return self._loader(rows, sampler)
+
+    def _processes(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader(self, rows: Dataset, sampler: DistributedSampler[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            rows,  # type: ignore[arg-type]  # a Dataset has the protocol of a map-style one
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self._collate(),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=True if self._on_gpu() else False,
+        )
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def _collate(self) -> Callable[[Sequence[Mapping[str, Any]]], Any]:
+        pad_token_id = int(self.tokenizer.pad_token_id)
+        if self.task == "conversations":
+            return partial(collate_conversations, pad_token_id=pad_token_id)
+        if self.task == "preferences":
+            return partial(collate_preferences, pad_token_id=pad_token_id, tail_ids=tail_ids(self.tokenizer))
+        return collate_prompts
+
+    def _encoded(self, split: str) -> Dataset:
+        held_out = split == self.validation_split
+        rows = load_rows(self.dataset_name, split, columns=self.columns, held_out=held_out)
+        if self.max_samples is not None:
+            rows = rows.select(range(min(self.max_samples, len(rows))))
+        encode: Callable[..., dict[str, Any]] = {
+            "conversations": encode_conversation_row,
+            "preferences": encode_preference_row,
+            "prompts": encode_prompt_row,
+        }[self.task]
+        tail = len(tail_ids(self.tokenizer)) if self.task == "preferences" else 0
+        encoded = rows.map(
+            encode,
+            with_indices=True,
+            fn_kwargs={
+                "read": self.readers[self.task],
+                "tokenizer": self.tokenizer,
+                "max_length": self.max_length - tail,
+            },
+            remove_columns=rows.column_names,
+            num_proc=min(self.num_workers, len(rows) // ROWS_PER_WORKER) or None,
+            desc=f"tokenising {split}",
+        )
+        return self._without_dropped(encoded, split)
+
+    def _without_dropped(self, encoded: Dataset, split: str) -> Dataset:
+        reasons = encoded["dropped"]
+        kept = [index for index, reason in enumerate(reasons) if not reason]
+        dropped = Counter(reason for reason in reasons if reason)
+        self.dropped[split] = dropped
+        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        ties = sum(encoded.select(kept)["tied"]) if "tied" in encoded.column_names else 0
+        rank_zero_info(
+            f"{self.dataset_name} {split}: {len(kept):,} of {len(reasons):,} rows kept"
+            + (f", {ties} of them with tied scores" if ties else "")
+            + (f" (dropped: {listed})" if listed else "")
+        )
+        if not kept:
+            raise ConfigurationError(
+                f"no row of {self.dataset_name} {split} can be used ({listed}); "
+                f"check data.dataset_name and data.max_length ({self.max_length})"
+            )
+        if dropped["too long"] > len(reasons) // 2:
+            warnings.warn(f"more than half of {split} is longer than data.max_length={self.max_length}", stacklevel=2)
+        return encoded.select(kept).remove_columns("dropped")

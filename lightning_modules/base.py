@@ -1,0 +1,167 @@
+"""What the methods share: options, loading, the optimiser, and the mean over everything in an optimiser step."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, get_scheduler
+from typing_extensions import override
+
+from datamodules.base import Task
+from datamodules.chat import load_tokenizer, turn_end
+from datamodules.errors import ConfigurationError
+from lightning_modules.loading import load_causal_lm, load_config
+
+Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+
+
+class FineTuningModule(LightningModule):
+    """Base of the methods; a method adds its options, its ``training_step`` and its ``validation_step``.
+
+    Args:
+        model_name: Hub id or directory of the model to start from.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of matrices; biases and norms have none.
+        schedule: How the learning rate falls after the warm-up.
+        warmup_ratio: Share of all steps over which the learning rate rises from 0.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
+        compile: Run the model through ``torch.compile``.
+    """
+
+    method: ClassVar[str]
+    task: ClassVar[Task]
+    """What a batch must hold."""
+    can_generate: ClassVar[bool] = True
+    reference_model: str | None = None
+
+    def __init__(
+        self,
+        model_name: str = "Qwen/Qwen2.5-0.5B",
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.1,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        require(learning_rate > 0, "model.learning_rate must be positive", learning_rate)
+        require(weight_decay >= 0, "model.weight_decay must not be negative", weight_decay)
+        require(0 <= warmup_ratio <= 1, "model.warmup_ratio must be within 0..1", warmup_ratio)
+        self.model_name = model_name
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_ratio = warmup_ratio
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_model = compile
+        self._step_count = torch.zeros(())  # what the means of this optimiser step are over, so far
+
+    @override
+    def setup(self, stage: str) -> None:
+        task = getattr(getattr(self.trainer, "datamodule", None), "task", self.task)
+        if task != self.task:
+            raise ConfigurationError(
+                f"{type(self).__name__} trains on {self.task}, the data module yields {task}; "
+                f"set data.task to {self.task}, or take a dataset that has them"
+            )
+
+    @override
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        self.tokenizer = load_tokenizer(self.model_name)
+        self.model = self.load_model()
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = self.longest_sequence()
+        if limit is not None and longest > limit:
+            raise ConfigurationError(
+                f"{self.model_name} reads at most {limit} tokens, sequences may have {longest}; "
+                "lower data.max_length (or model.max_completion_length)"
+            )
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        if self.compile_model:
+            self.model.compile()
+        # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.
+        buffers = [name for name, _ in self.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
+
+    def load_model(self) -> PreTrainedModel:
+        """The model to train."""
+        return load_causal_lm(self.model_name, self.tokenizer).train()
+
+    def longest_sequence(self) -> int:
+        """The most tokens a sequence of this run may have."""
+        return int(getattr(getattr(self.trainer, "datamodule", None), "max_length", 0))
+
+    def stop_token_ids(self) -> list[int]:
+        """The tokens that end a completion: the template's end of turn, and the model's end of text."""
+        ids = [turn_end(self.tokenizer).token_id, self.tokenizer.eos_token_id]
+        return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+
+    def check_options(self) -> None:
+        """Whatever can be wrong before any weight is loaded."""
+        load_config(self.model_name)
+        if self.reference_model is not None:
+            load_config(self.reference_model, option="model.reference_model")
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trained)
+        optimizer = AdamW(groups, lr=self.learning_rate, fused=fused)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.schedule,
+            optimizer,
+            num_warmup_steps=round(self.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def sum_for_step(self, losses: Tensor, count: Tensor | int) -> Tensor:
+        """Sum the losses, to be divided by the count of the whole optimiser step once it is known.
+
+        The mean is over all micro-batches and ranks together, so splitting a batch changes nothing.
+
+        Args:
+            losses: One per token, pair or prompt.
+            count: How many units they make up; a prompt without a scored sample, say, may be no unit.
+        """
+        self._step_count = self._step_count.to(self.device) + count
+        return losses.sum()
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        total = self.trainer.strategy.reduce(self._step_count.clone().to(self.device), reduce_op="sum")
+        # Lightning has divided by the accumulation, the strategy averaged over the ranks.
+        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        factor = averaged / total if total > 0 else torch.zeros_like(total)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad))
+        self._step_count = torch.zeros((), device=self.device)
+
+    @property
+    def is_first_step(self) -> bool:
+        """Whether no weight has changed and no step been taken, this one included."""
+        return self.trainer.training and self.trainer.global_step == 0 and self.trainer.fit_loop.batch_idx == 0
+
+    def log_step(self, metrics: dict[str, Any], *, batch_size: int) -> None:
+        """Log training metrics of this step."""
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=batch_size)
+
+
+def require(condition: bool, rule: str, value: object) -> None:
+    """Raise a ConfigurationError that states the rule and the value unless the condition holds."""
+    if not condition:
+        raise ConfigurationError(f"{rule}, got {value}")

@@ -1,0 +1,173 @@
+"""Direct preference optimisation: the policy's own log-ratios to a frozen reference are the reward."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from datamodules.batches import PreferenceBatch
+from datamodules.errors import ConfigurationError
+from lightning_modules.base import FineTuningModule, require
+from lightning_modules.forward import CompletionLogits, completion_logits
+from lightning_modules.functional.log_probs import token_kl, token_log_probs
+from lightning_modules.functional.preference import (
+    conservative_loss,
+    hinge_loss,
+    ipo_loss,
+    robust_loss,
+    sigmoid_loss,
+)
+from lightning_modules.loading import load_reference, without_dropout
+from lightning_modules.reward import accuracy
+
+Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]
+
+
+class PairLogProbs(NamedTuple):
+    """Log-probabilities of whole completions, in nats, and their lengths in tokens."""
+
+    chosen: Float[Tensor, " pair"]
+    rejected: Float[Tensor, " pair"]
+    chosen_tokens: Float[Tensor, " pair"]
+    rejected_tokens: Float[Tensor, " pair"]
+
+
+class DPOModule(FineTuningModule):
+    """Trains on preference pairs, against the starting policy unless another reference is named.
+
+    Args:
+        beta: How strongly the policy is held to the reference (IPO's tau where the loss is ``ipo``).
+        loss: ``sigmoid`` (DPO), ``hinge`` (SLiC), ``ipo``, ``conservative`` (cDPO) or ``robust``.
+        label_smoothing: Probability that a label is swapped, for ``conservative`` and ``robust``.
+        sft_weight: Weight of the chosen completion's mean token cross-entropy, added to the loss.
+        reference_model: Hub id or directory of the reference; the starting policy where it is not given.
+    """
+
+    method = "dpo"
+    task = "preferences"
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        loss: Loss = "sigmoid",
+        label_smoothing: float = 0.0,
+        sft_weight: float = 0.0,
+        reference_model: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        require(beta > 0, "model.beta must be positive", beta)
+        require(0 <= label_smoothing < 0.5, "model.label_smoothing must be within 0..0.5", label_smoothing)
+        require(sft_weight >= 0, "model.sft_weight must not be negative", sft_weight)
+        smooths = loss in ("conservative", "robust")
+        if smooths != (label_smoothing > 0):
+            raise ConfigurationError(
+                f"model.label_smoothing belongs to the conservative and robust losses, which need it above 0; "
+                f"got {label_smoothing} with model.loss {loss}"
+            )
+        self.beta = beta
+        self.loss = loss
+        self.label_smoothing = label_smoothing
+        self.sft_weight = sft_weight
+        self.reference_model = reference_model
+
+    @override
+    def load_model(self) -> PreTrainedModel:
+        policy = without_dropout(super().load_model())
+        self.reference = load_reference(self.reference_model, policy, self.tokenizer)
+        return policy
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.val_metrics = torch.nn.ModuleDict(
+            {name: MeanMetric() for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "kl")}
+        )
+
+    @override
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        policy = pair_log_probs(completion_logits(self.model, batch.tokens))
+        with torch.no_grad():
+            reference = pair_log_probs(completion_logits(self.reference.like(self.model), batch.tokens))
+        losses, metrics = self.preference_losses(policy, reference)
+        if self.is_first_step and self.reference_model in (None, self.model_name):
+            self.check_policy_is_reference(metrics["margin"])
+        self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
+        self.log_step({name: values.mean() for name, values in metrics.items()}, batch_size=len(losses))
+        return self.sum_for_step(losses, len(losses))
+
+    @override
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        policy = completion_logits(self.model, batch.tokens)
+        reference = completion_logits(self.reference.like(self.model), batch.tokens)
+        losses, metrics = self.preference_losses(pair_log_probs(policy), pair_log_probs(reference))
+        kl = token_kl(policy.logits, reference.logits)  # over the data's prefixes, nats per token
+        for name, values in {**metrics, "loss": losses, "kl": kl}.items():
+            if name in self.val_metrics:
+                self.val_metrics[name].update(values)  # type: ignore[operator]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.val_metrics.items():
+            self.log(f"val/{name}", metric.compute(), prog_bar=name in ("loss", "accuracy"))  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+
+    def preference_losses(
+        self, policy: PairLogProbs, reference: PairLogProbs
+    ) -> tuple[Float[Tensor, " pair"], dict[str, Float[Tensor, " pair"]]]:
+        """The loss of each pair, and what there is to log of it, detached."""
+        chosen_log_ratios = policy.chosen - reference.chosen
+        rejected_log_ratios = policy.rejected - reference.rejected
+        difference = chosen_log_ratios - rejected_log_ratios
+        losses = self.pair_loss(difference)
+        if self.sft_weight:
+            losses = losses - self.sft_weight * policy.chosen / policy.chosen_tokens
+        metrics = {
+            "margin": self.beta * difference,
+            "accuracy": accuracy(difference),
+            "chosen_reward": self.beta * chosen_log_ratios,
+            "rejected_reward": self.beta * rejected_log_ratios,
+            "chosen_log_probs": policy.chosen,
+            "rejected_log_probs": policy.rejected,
+        }
+        return losses, {name: values.detach() for name, values in metrics.items()}
+
+    def pair_loss(self, difference: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """The chosen loss of the difference of the two log-ratios."""
+        if self.loss == "ipo":
+            return ipo_loss(difference, beta=self.beta)
+        margins = self.beta * difference
+        if self.loss == "hinge":
+            return hinge_loss(margins)
+        if self.loss == "conservative":
+            return conservative_loss(margins, label_smoothing=self.label_smoothing)
+        if self.loss == "robust":
+            return robust_loss(margins, label_smoothing=self.label_smoothing)
+        return sigmoid_loss(margins)
+
+    def check_policy_is_reference(self, margins: Float[Tensor, " pair"]) -> None:
+        """Before the first update the policy is the reference, so every margin is 0 and the DPO loss ln 2.
+
+        Raises:
+            RuntimeError: If it is not: the two differ in weights, dtype or dropout.
+        """
+        tolerance = 1e-3 if self.model.dtype == torch.float32 and not torch.is_autocast_enabled() else 0.1
+        loss = sigmoid_loss(margins).mean().item()
+        if margins.abs().max() > tolerance or abs(loss - math.log(2)) > tolerance:
+            raise RuntimeError(
+                f"before the first step the margins must be 0 and the loss ln 2 = 0.6931, got a margin of up to "
+                f"{margins.abs().max():.4f} and a loss of {loss:.4f}: policy and reference differ"
+            )
+
+
+def pair_log_probs(completions: CompletionLogits) -> PairLogProbs:
+    """Log-probabilities of both completions of each pair, summed over their tokens."""
+    token = token_log_probs(completions.logits, completions.token_ids)
+    sums = completions.sum_by_sequence(token).chunk(2)
+    counts = completions.count_by_sequence().to(token.dtype).chunk(2)
+    return PairLogProbs(sums[0], sums[1], counts[0], counts[1])

@@ -1,0 +1,96 @@
+"""Statistics of a paired evaluation: win rate, intervals, and the win rate at equal length; 95 % unless told otherwise."""
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def outcomes(rewards: Float[Tensor, " pair"], reference_rewards: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """1 for a win of the policy, 0.5 for a tie, 0 for a loss, NaN where a side has no score."""
+    result = 0.5 + 0.5 * torch.sign(rewards - reference_rewards)
+    return torch.where(rewards.isnan() | reference_rewards.isnan(), torch.nan, result)
+
+
+def wilson_interval(successes: float, count: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion; ties may enter ``successes`` as halves.
+
+    References:
+        Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
+    """
+    if count == 0:
+        return Interval(float("nan"), float("nan"))
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / count
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t, by the Cornish-Fisher expansion; within 1 % from 4 degrees of freedom on.
+
+    References:
+        Abramowitz and Stegun 1964, 26.7.5
+    """
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of independent values, here paired reward differences."""
+    count = len(values)
+    if count < 2:
+        return Interval(float("nan"), float("nan"))
+    mean = values.mean().item()
+    half = student_t_quantile(0.5 + confidence / 2, count - 1) * values.std().item() / count**0.5
+    return Interval(mean - half, mean + half)
+
+
+def length_controlled_win_rate(
+    outcome: Float[Tensor, " pair"], length_differences: Float[Tensor, " pair"], *, ridge: float = 0.01
+) -> float:
+    """The win rate expected at equal length, from a logistic fit of the outcome on the length difference.
+
+    The fit is logit P(win) = a + b * tanh(difference / standard deviation), and the answer sigmoid(a). A small
+    ridge keeps it finite where the outcomes are separable.
+
+    Args:
+        outcome: 1, 0.5 or 0 for each scored pair.
+        length_differences: Policy tokens minus reference tokens.
+        ridge: Weight of the squared coefficients, in pairs.
+
+    References:
+        Dubois et al. 2024, section 3, https://arxiv.org/abs/2404.04475, without its instruction-difficulty term
+    """
+    if len(outcome) == 0:
+        return float("nan")
+    target, lengths = outcome.double(), length_differences.double()
+    spread = lengths.std(correction=0).clamp(min=1e-9)
+    features = torch.stack([torch.ones_like(lengths), torch.tanh(lengths / spread)], dim=1)
+    weights = torch.zeros(2, dtype=torch.float64)
+    penalty = ridge * torch.eye(2, dtype=torch.float64)
+    for _ in range(100):  # Newton's method; the penalised likelihood is strictly concave
+        probabilities = torch.sigmoid(features @ weights)
+        gradient = features.T @ (target - probabilities) - penalty @ weights
+        curvature = (features * (probabilities * (1 - probabilities)).unsqueeze(1)).T @ features + penalty
+        step = torch.linalg.solve(curvature, gradient)
+        weights = weights + step.clamp(-2.0, 2.0)
+        if step.abs().max() < 1e-10:
+            break
+    return float(torch.sigmoid(weights[0]))

@@ -1,0 +1,143 @@
+"""Loading models: from the hub or a directory, every tensor accounted for, in float32 master weights."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from datamodules.chat import check_model_name
+from datamodules.errors import ConfigurationError
+
+
+def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        ConfigurationError: If there is no such model.
+    """
+    check_model_name(model_name, option=option)
+    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
+        raise ConfigurationError(f"{model_name} holds no config.json, so it is no model directory; change {option}")
+    try:
+        return AutoConfig.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"no model {model_name!r} ({first_line}); change {option}") from error
+
+
+def load_causal_lm(
+    model_name: str, tokenizer: PreTrainedTokenizerBase, *, option: str = "model.model_name"
+) -> PreTrainedModel:
+    """A causal language model in float32, with an embedding for every token of the tokenizer.
+
+    Raises:
+        ConfigurationError: If it cannot be had, or a tensor is missing or left over.
+    """
+    load_config(model_name, option=option)
+    model = _from_pretrained(AutoModelForCausalLM, model_name, option=option, new_head=False)
+    resize_embeddings(model, tokenizer)
+    return model
+
+
+def load_reward_model(
+    model_name: str, tokenizer: PreTrainedTokenizerBase, *, new_head: bool, option: str = "model.model_name"
+) -> PreTrainedModel:
+    """A sequence classifier with one score, in float32.
+
+    Args:
+        model_name: A sequence classifier, or where ``new_head`` a causal language model.
+        tokenizer: The model's own.
+        new_head: Whether the score head may start at zero where the weights have none.
+        option: The option to name in an error.
+
+    Raises:
+        ConfigurationError: If it cannot be had, or any tensor but a new score head is missing.
+    """
+    load_config(model_name, option=option)
+    model = _from_pretrained(
+        AutoModelForSequenceClassification, model_name, option=option, new_head=new_head, num_labels=1
+    )
+    if model.config.num_labels != 1:
+        raise ConfigurationError(f"{model_name} has {model.config.num_labels} labels, a reward has 1; change {option}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    resize_embeddings(model, tokenizer)
+    return model
+
+
+def _from_pretrained(
+    model_class: Any, model_name: str, *, option: str, new_head: bool, **settings: Any
+) -> PreTrainedModel:
+    try:
+        model, loading = model_class.from_pretrained(
+            model_name, dtype=torch.float32, output_loading_info=True, **settings
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"cannot load the model {model_name!r} ({first_line}); change {option}") from error
+    missing = set(loading["missing_keys"])
+    if new_head:
+        heads = {key for key in missing if key.startswith(("score.", "classifier."))}
+        for name, parameter in model.named_parameters():
+            if name in heads:
+                torch.nn.init.zeros_(parameter)
+        missing -= heads
+    unexpected = [] if new_head else list(loading["unexpected_keys"])  # a language-model head gives way to the score
+    if missing or unexpected:
+        raise ConfigurationError(
+            f"the weights of {model_name} do not fit a {type(model).__name__}: missing {sorted(missing)[:3]}, "
+            f"left over {sorted(unexpected)[:3]}; change {option}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokens beyond the model's vocabulary the mean embedding, so that two loads of a model are equal."""
+    old = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if len(tokenizer) <= old:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embeddings is not None:
+            with torch.no_grad():
+                embeddings.weight[old:] = embeddings.weight[:old].mean(0)  # type: ignore[index, union-attr]
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch every kind of dropout off, in train mode too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "attn_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+class FrozenReference:
+    """A frozen copy that is not a submodule: in no checkpoint, no optimiser, and wherever the policy is when asked."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = without_dropout(model).eval().requires_grad_(False)
+
+    def like(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """The reference, on the policy's device and in its dtype."""
+        self._model.to(device=policy.device, dtype=policy.dtype)  # type: ignore[arg-type]
+        return self._model
+
+
+def load_reference(
+    reference_model: str | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> FrozenReference:
+    """The named reference, or the policy as it stands, which is as it was loaded."""
+    if reference_model is None:
+        return FrozenReference(copy.deepcopy(policy))
+    return FrozenReference(load_causal_lm(reference_model, tokenizer, option="model.reference_model"))

@@ -1,0 +1,288 @@
+"""REINFORCE leave-one-out: sample k completions a prompt, and compare each with the others."""
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from datamodules.batches import PromptBatch, TokenBatch
+from datamodules.errors import ConfigurationError
+from lightning_modules.base import FineTuningModule, require
+from lightning_modules.forward import CompletionLogits, completion_logits
+from lightning_modules.functional.log_probs import token_entropy, token_log_probs
+from lightning_modules.functional.reinforce import (
+    clipped_policy_gradient_loss,
+    kl_penalised_rewards,
+    leave_one_out_advantages,
+    policy_gradient_loss,
+)
+from lightning_modules.generation import Samples, sample_completions
+from lightning_modules.loading import load_reference, without_dropout
+from lightning_modules.rewards import Reward, resolve_reward
+from lightning_modules.rewards.base import preflight
+
+ROWS_LOGGED = 8
+
+
+class Rollout(NamedTuple):
+    """Scored samples of one batch of prompts, kept for further updates; a prompt's samples are neighbours."""
+
+    tokens: TokenBatch
+    old_log_probs: Float[Tensor, "prompt sample"]
+    advantages: Float[Tensor, "prompt sample"]
+
+
+class RLOOModule(FineTuningModule):
+    """Trains on prompts, with a reward source of choice and the KL penalty in the reward.
+
+    Args:
+        reward: Directory or hub id of a reward model, or the import path of a function or class that is a
+            ``lightning_modules.rewards.Reward``; a weighted list is ``lightning_modules.rewards.WeightedReward``.
+        beta: Weight of the log-ratio to the reference in the reward; 0 for no penalty.
+        samples_per_prompt: k, at least 2.
+        max_completion_length: Longest sample in tokens, its end-of-turn token included.
+        temperature: Of the sampling; log-probabilities are taken at the same one.
+        missing_eos_penalty: Subtracted from the score of a sample that was cut at the length limit.
+        updates_per_rollout: Optimiser steps on the same samples; more than 1 uses the clipped ratio.
+        clip_range: How far the ratio may go from 1 where there is more than one update.
+        reference_model: Hub id or directory of the reference; the starting policy where it is not given.
+        log_completions_every: Steps between tables of prompts, completions and scores in the logs.
+    """
+
+    method = "rloo"
+    task = "prompts"
+
+    def __init__(
+        self,
+        reward: Reward | str,
+        beta: float = 0.05,
+        samples_per_prompt: int = 4,
+        max_completion_length: int = 256,
+        temperature: float = 1.0,
+        missing_eos_penalty: float = 0.0,
+        updates_per_rollout: int = 1,
+        clip_range: float = 0.2,
+        reference_model: str | None = None,
+        log_completions_every: int = 50,
+        learning_rate: float = 1e-6,
+        **options: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, **options)
+        require(beta >= 0, "model.beta must not be negative", beta)
+        require(
+            samples_per_prompt >= 2,
+            "leave-one-out needs model.samples_per_prompt to be at least 2",
+            samples_per_prompt,
+        )
+        require(max_completion_length >= 1, "model.max_completion_length must be at least 1", max_completion_length)
+        require(temperature > 0, "model.temperature must be positive, or samples would not differ", temperature)
+        require(missing_eos_penalty >= 0, "model.missing_eos_penalty must not be negative", missing_eos_penalty)
+        require(updates_per_rollout >= 1, "model.updates_per_rollout must be at least 1", updates_per_rollout)
+        require(0 < clip_range < 1, "model.clip_range must be within 0..1", clip_range)
+        require(log_completions_every >= 1, "model.log_completions_every must be at least 1", log_completions_every)
+        self.reward = resolve_reward(reward)
+        self.beta = beta
+        self.samples_per_prompt = samples_per_prompt
+        self.max_completion_length = max_completion_length
+        self.temperature = temperature
+        self.missing_eos_penalty = missing_eos_penalty
+        self.updates_per_rollout = updates_per_rollout
+        self.clip_range = clip_range
+        self.reference_model = reference_model
+        self.log_completions_every = log_completions_every
+        self._rollouts: list[Rollout] = []  # of this optimiser step, where it has more than one update
+
+    @override
+    def check_options(self) -> None:
+        super().check_options()
+        preflight(self.reward, [{"role": "user", "content": "Hello"}], option="model.reward")
+
+    @override
+    def load_model(self) -> PreTrainedModel:
+        policy = without_dropout(super().load_model())
+        self.reference = load_reference(self.reference_model, policy, self.tokenizer)
+        return policy
+
+    @override
+    def longest_sequence(self) -> int:
+        return super().longest_sequence() + self.max_completion_length
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        names = ("score", "reward", "kl", "completion_length", "truncated")
+        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
+
+    @override
+    def training_step(self, batch: PromptBatch | Rollout, batch_idx: int) -> Tensor:
+        if isinstance(batch, Rollout):
+            return self.further_update(batch)
+        samples = self.sample(batch, count=self.samples_per_prompt, seed_words=(self.current_epoch, batch_idx))
+        scores = self.score(batch, samples)
+
+        completions = completion_logits(self.model, samples.tokens)
+        log_probs = self.completion_log_probs(completions)
+        with torch.no_grad():
+            reference = self.reference.like(self.model)
+            reference_log_probs = self.completion_log_probs(completion_logits(reference, samples.tokens))
+            log_ratios = log_probs.detach() - reference_log_probs
+        rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
+        advantages = leave_one_out_advantages(rewards)
+        losses = policy_gradient_loss(log_probs, advantages)
+
+        if self.is_first_step:
+            self.check_advantages(advantages)
+        if self.updates_per_rollout > 1:
+            self._rollouts.append(Rollout(samples.tokens, log_probs.detach(), advantages))
+        self.log_rollout(batch, samples, scores, rewards, log_ratios, completions)
+        return self.sum_for_step(losses, (~advantages.isnan()).any(1).sum())
+
+    def further_update(self, rollout: Rollout) -> Tensor:
+        """The clipped loss on samples of an earlier policy."""
+        log_probs = self.completion_log_probs(completion_logits(self.model, rollout.tokens))
+        losses = clipped_policy_gradient_loss(
+            log_probs, rollout.old_log_probs, rollout.advantages, clip_range=self.clip_range
+        )
+        return self.sum_for_step(losses, (~rollout.advantages.isnan()).any(1).sum())
+
+    @override
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        samples = self.sample(batch, count=1, seed_words=("validation", batch_idx))
+        scores = self.score(batch, samples)
+        reference = self.reference.like(self.model)
+        log_probs = self.completion_log_probs(completion_logits(self.model, samples.tokens), count=1)
+        log_ratios = log_probs - self.completion_log_probs(completion_logits(reference, samples.tokens), count=1)
+        rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
+        self.update_val("score", scores[~scores.isnan()])
+        self.update_val("reward", rewards[~rewards.isnan()])
+        self.update_val("kl", log_ratios)
+        self.update_val("completion_length", samples.completion_lengths().float())
+        self.update_val("truncated", (~samples.finished).float())
+
+    def update_val(self, name: str, values: Tensor) -> None:
+        """Add to a validation mean."""
+        if values.numel():
+            self.val_metrics[name].update(values)  # type: ignore[operator]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.val_metrics.items():
+            self.log(f"val/{name}", metric.compute(), prog_bar=name == "score")  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+
+    def sample(self, batch: PromptBatch, *, count: int, seed_words: tuple[object, ...]) -> Samples:
+        """``count`` samples of each prompt, neighbours in the batch; the same for the same seed, words and rank."""
+        words = (os.environ.get("PL_GLOBAL_SEED", "0"), *seed_words, self.global_rank)
+        random_seeds = random.Random("-".join(map(str, words)))
+        prompts = [prompt for prompt in batch.prompt_ids for _ in range(count)]
+        return sample_completions(
+            self.model,
+            prompts,
+            max_completion_length=self.max_completion_length,
+            stop_token_ids=self.stop_token_ids(),
+            seeds=[random_seeds.getrandbits(63) for _ in prompts],
+            temperature=self.temperature,
+        )
+
+    def score(self, batch: PromptBatch, samples: Samples) -> Float[Tensor, "prompt sample"]:
+        """What the reward source says of each sample; NaN where it says nothing."""
+        texts = samples.texts(self.tokenizer)
+        count = len(texts) // len(batch.prompts)
+        scores = self.reward([prompt for prompt in batch.prompts for _ in range(count)], texts)
+        return torch.tensor(scores, dtype=torch.float32, device=self.device).view(-1, count)
+
+    def penalised(self, scores: Float[Tensor, "prompt sample"], samples: Samples) -> Float[Tensor, "prompt sample"]:
+        """The scores, less the missing-EOS penalty of samples that were cut."""
+        return scores - self.missing_eos_penalty * (~samples.finished).view_as(scores)
+
+    def completion_log_probs(
+        self, completions: CompletionLogits, *, count: int | None = None
+    ) -> Float[Tensor, "prompt sample"]:
+        """Log-probability of each whole completion at the sampling temperature."""
+        token = token_log_probs(completions.logits, completions.token_ids, temperature=self.temperature)
+        return completions.sum_by_sequence(token).view(-1, count or self.samples_per_prompt)
+
+    @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for _ in range(self.updates_per_rollout - 1):
+            super().optimizer_step(epoch, batch_idx, optimizer, lambda: self._replay(batch_idx, optimizer))
+        self._rollouts.clear()
+
+    def _replay(self, batch_idx: int, optimizer: Optimizer | LightningOptimizer) -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for rollout in self._rollouts:
+            loss = self.trainer.strategy.training_step(rollout, batch_idx)
+            raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+            self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, raw)
+        return loss
+
+    def check_advantages(self, advantages: Float[Tensor, "prompt sample"]) -> None:
+        """The advantages of a prompt sum to 0, whatever its rewards.
+
+        Raises:
+            RuntimeError: If they do not, or no sample at all could be scored.
+        """
+        if advantages.isnan().all():
+            reason = getattr(self.reward, "last_error", "") or "the reward source returned no score"
+            raise ConfigurationError(f"no sample of the first batch could be scored: {reason}; change model.reward")
+        worst = advantages.nansum(1).abs().max().item()
+        scale = advantages.nan_to_num().abs().max().item()
+        if worst > 1e-4 * max(1.0, scale):
+            raise RuntimeError(f"the advantages of a prompt must sum to 0, got {worst}")
+
+    def log_rollout(
+        self,
+        batch: PromptBatch,
+        samples: Samples,
+        scores: Float[Tensor, "prompt sample"],
+        rewards: Float[Tensor, "prompt sample"],
+        log_ratios: Float[Tensor, "prompt sample"],
+        completions: CompletionLogits,
+    ) -> None:
+        """Log what the samples were like, and now and then some of them."""
+        scored = scores[~scores.isnan()]
+        if scored.numel():
+            self.log("train/score", scored.mean(), prog_bar=True, batch_size=len(scored))
+            self.log("train/reward", rewards[~rewards.isnan()].mean(), batch_size=len(scored))
+        lengths = samples.completion_lengths().float()
+        alike = (scores.nan_to_num(nan=torch.inf).amax(1) - scores.nan_to_num(nan=-torch.inf).amin(1)) == 0
+        metrics = {
+            "kl": log_ratios.mean(),
+            "entropy": token_entropy(completions.logits.detach(), temperature=self.temperature).mean(),
+            "completion_length": lengths.mean(),
+            "truncated": (~samples.finished).float().mean(),
+            "alike": alike.float().mean(),
+            "unscored": scores.isnan().float().mean(),
+        }
+        self.log_step(metrics, batch_size=len(lengths))
+        if self.trainer.global_step % self.log_completions_every == 0 and self.trainer.is_global_zero:
+            self._log_completions(batch, samples, scores)
+
+    def _log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:
+        prompts = [p[-1]["content"] for p in batch.prompts for _ in range(scores.shape[1])]
+        rows = [
+            [self.trainer.global_step, prompt, text, score]
+            for prompt, text, score in zip(prompts, samples.texts(self.tokenizer), scores.flatten().tolist(), strict=True)
+        ]
+        for logger in self.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table(
+                    "train/completions", columns=["step", "prompt", "completion", "score"], data=rows[:ROWS_LOGGED]
+                )

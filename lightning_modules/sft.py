@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: cross-entropy on every assistant turn, its end-of-turn token included."""
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from datamodules.batches import TokenBatch
+from lightning_modules.base import FineTuningModule, require
+from lightning_modules.forward import completion_logits
+from lightning_modules.functional.log_probs import token_log_probs
+
+
+class SFTModule(FineTuningModule):
+    """Trains on conversations; the loss is the mean over the supervised tokens of the whole optimiser step."""
+
+    method = "sft"
+    task = "conversations"
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MeanMetric()
+
+    @override
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        completions = completion_logits(self.model, batch)
+        if self.is_first_step:
+            require(len(completions.token_ids) > 0, "the first batch must have supervised tokens", 0)
+        losses = -token_log_probs(completions.logits, completions.token_ids)
+        self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
+        self.log("train/tokens", float(len(losses)), batch_size=1, reduce_fx="sum")
+        return self.sum_for_step(losses, len(losses))
+
+    @override
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+        completions = completion_logits(self.model, batch)
+        losses = -token_log_probs(completions.logits, completions.token_ids)
+        self.val_loss.update(losses)
+        self.val_accuracy.update((completions.logits.argmax(-1) == completions.token_ids).float())
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        loss = self.val_loss.compute()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/perplexity", torch.exp(loss))
+        self.log("val/token_accuracy", self.val_accuracy.compute())
+        self.val_loss.reset()
+        self.val_accuracy.reset()

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# The whole pipeline: SFT, reward model, DPO and RLOO from the SFT model, evaluation of all three, comparison.
+#
+#   ./run_all.sh          Qwen/Qwen2.5-0.5B on SmolTalk and UltraFeedback, judged by NVIDIA's Nemotron (NVIDIA_API_KEY)
+#   ./run_all.sh demo     the same stages with a small model on the CPU, offline, in minutes
+#
+# A finished stage is skipped and a stopped one resumed; remove its folder to run it again. More arguments go to every
+# training stage, such as --config configs/trainer/ddp.yaml or --data.max_samples 1000.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+configs=configs
+out=outputs
+if [ "${1:-}" = demo ]; then
+  shift
+  configs=configs/demo
+  out=outputs/demo
+  export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
+fi
+extra=("$@")
+python=${PYTHON:-python}
+export WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$out")-$(date +%Y%m%d-%H%M%S)}"
+started=$SECONDS
+
+headline() { printf '\n=== %s  [%d s]\n' "$1" "$((SECONDS - started))"; }
+
+# stage NAME FOLDER MARKER COMMAND...: run and log a stage unless its marker exists; name it where it fails
+stage() {
+  local name=$1 folder=$2 marker=$3
+  shift 3
+  if [ -e "$marker" ]; then
+    headline "$name: finished before, skipped"
+    return
+  fi
+  headline "$name"
+  mkdir -p "$folder"
+  if ! "$@" 2>&1 | tee -a "$folder/log.txt"; then
+    printf '\nstage %s failed; its log is %s\n' "$name" "$folder/log.txt" >&2
+    exit 1
+  fi
+}
+
+# train NAME CONFIG OPTIONS...: fit from the last checkpoint where there is one
+train() {
+  local name=$1 config=$2 resume=()
+  shift 2
+  [ -e "$out/$name/checkpoints/last.ckpt" ] && resume=(--ckpt_path last)
+  stage "$name" "$out/$name" "$out/$name/final/config.json" \
+    "$python" cli.py fit --config "$configs/$config.yaml" "$@" ${resume[@]+"${resume[@]}"} ${extra[@]+"${extra[@]}"}
+}
+
+# evaluate NAME OPTIONS...: judge a stage's final model
+evaluate() {
+  local name=$1
+  shift
+  stage "evaluate $name" "$out/$name" "$out/$name/eval/final/metrics.json" \
+    "$python" cli.py validate --config "$configs/$name.yaml" --model.model_name "$out/$name/final" "$@"
+}
+
+if [ "$out" = outputs/demo ]; then
+  stage material "$out/material" "$out/material/ultrafeedback/data/test_prefs-00000-of-00001.parquet" \
+    "$python" -m demo.material "$out/material"
+  if [ ! -e "$out/report/report.html" ]; then
+    headline "judge: a reward server on loopback that speaks Nemotron's protocol"
+    "$python" cli.py serve-reward --reward demo.judge.judge --port 8399 >"$out/judge.log" 2>&1 &
+    judge=$!
+    trap 'kill "$judge" 2>/dev/null || true' EXIT
+    for _ in $(seq 120); do
+      grep -q serving "$out/judge.log" && break
+      kill -0 "$judge" 2>/dev/null || { cat "$out/judge.log" >&2; exit 1; }
+      sleep 0.5
+    done
+    cat "$out/judge.log"
+  fi
+  # What the three are compared with: a model that has seen a part of what SFT sees, as an untuned peer.
+  train reference sft --trainer.default_root_dir "$out/reference" --trainer.max_steps 250 --evaluation.num_prompts 0
+fi
+
+train sft sft
+train reward reward
+train dpo dpo
+train rloo rloo
+evaluate sft
+evaluate dpo --model.reference_model "$out/sft/final"
+evaluate rloo --model.reference_model "$out/sft/final"
+
+headline comparison
+"$python" cli.py compare "$out/sft" "$out/dpo" "$out/rloo" --output "$out/report"
+printf '\nall done in %d s: open %s\n' "$((SECONDS - started))" "$out/report/report.html"
