@@ -29,8 +29,8 @@ options of fit and validate that matter most (any option of a config can stand o
   --ckpt_path last                       resume the run in this folder
   --print_config                         show every option as it would be used, and stop
 
-`python cli.py COMMAND --help` lists all options. Keys come from the environment: NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
-An error is one line; --debug anywhere shows where it came from.
+`python cli.py COMMAND --help` lists all options. An error is one line; --debug anywhere shows where it came from.
+Keys come from the environment alone: NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 """
 
 
@@ -53,23 +53,29 @@ def main(arguments: list[str]) -> int:
     if command not in MODULES:
         print(f"error: no command {command!r}; the commands are {', '.join(MODULES)}", file=sys.stderr)
         return 2
-    from datamodules.errors import ConfigurationError
-
-    mendable: tuple[type[Exception], ...] = (ConfigurationError,)
     if command in ("fit", "validate"):
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        mendable = (ConfigurationError, MisconfigurationException)
         rest = [command, *rest]
     sys.argv = [sys.argv[0], *rest]  # what the parsers read, and what DDP starts its other processes with
     try:
         import_module(MODULES[command]).run()
-    except mendable as error:
-        if debug:
+    except Exception as error:
+        told = mendable(error)
+        if debug or told is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
+
+
+def mendable(error: BaseException | None) -> BaseException | None:
+    """The error, or the one that caused it, that names an option to change; None where it is ours to mend."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from datamodules.errors import ConfigurationError
+
+    while error is not None and not isinstance(error, (ConfigurationError, MisconfigurationException)):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +17,8 @@ from lightning_modules.functional.statistics import (
 OUTCOMES = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 
-class Completion(Protocol):
-    """A completion and its length in tokens."""
+class Side(NamedTuple):
+    """One model's completion of a prompt, and its length in tokens."""
 
     completion: str
     tokens: int
@@ -40,8 +40,8 @@ class Pair(NamedTuple):
     def of(
         cls,
         prompt: list[Message],
-        policy: Completion,
-        reference: Completion,
+        policy: Side,
+        reference: Side,
         reward: float,
         reference_reward: float,
     ) -> "Pair":

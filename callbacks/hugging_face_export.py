@@ -54,7 +54,11 @@ class HuggingFaceExport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, FineTuningModule) or trainer.fast_dev_run or trainer.interrupted:
+        if (
+            not isinstance(pl_module, FineTuningModule)
+            or getattr(trainer, "fast_dev_run", False)
+            or trainer.interrupted
+        ):
             return
         target = Path(trainer.default_root_dir) / self.directory
         if trainer.is_global_zero:
@@ -102,7 +106,7 @@ def model_card(trainer: Trainer, module: FineTuningModule) -> str:
         learning_rate=module.learning_rate,
         batch_size=getattr(data, "batch_size", "unknown"),
         world_size=trainer.world_size,
-        max_length=module.longest_sequence(),
+        max_length=module.longest_sequence(data),
         metrics="".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items())),
         end_token=module.tokenizer.convert_ids_to_tokens(module.stop_token_ids()[0]),
     )

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,22 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from callbacks.evaluation_metrics import Pair, evaluation_metrics
+from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
 from datamodules.chat import Message, encode_conversation, load_tokenizer, turn_end
-from datamodules.errors import ConfigurationError
 from datamodules.prompts import load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.generation import sample_completions
 from lightning_modules.loading import load_causal_lm, load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import preflight, reward_name
-
-
-class Side(NamedTuple):
-    """One model's completion of a prompt."""
-
-    completion: str
-    tokens: int
 
 
 class NemotronEvaluation(Callback):
@@ -117,7 +109,7 @@ class NemotronEvaluation(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run or not self._evaluates(pl_module):
+        if trainer.sanity_checking or getattr(trainer, "fast_dev_run", False) or not self._evaluates(pl_module):
             return
         fitting = trainer.state.fn == "fit"
         if fitting:
@@ -140,8 +132,10 @@ class NemotronEvaluation(Callback):
         rewards = self._score(mine, policy, "policy scores", show)
         reference, reference_rewards = self._reference(trainer, module, mine, show)
         rows = [
-            Pair.of(self._prompts[i], *sides)
-            for i, *sides in zip(mine, policy, reference, rewards, reference_rewards, strict=True)
+            Pair.of(self._prompts[i], side, reference_side, score, reference_score)
+            for i, side, reference_side, score, reference_score in zip(
+                mine, policy, reference, rewards, reference_rewards, strict=True
+            )
         ]
         pairs = gathered(dict(zip(mine, rows, strict=True)))
         metrics = {
@@ -191,12 +185,10 @@ class NemotronEvaluation(Callback):
     def _score(self, indices: Sequence[int], sides: Sequence[Side], title: str, show: bool) -> list[float]:
         prompts = [self._prompts[row] for row in indices]
         with tqdm(total=len(sides), desc=title, unit="score", disable=not show, mininterval=1) as bar:
-            asks_remotely = isinstance(self.reward, NemotronReward)
             if isinstance(self.reward, NemotronReward):
                 self.reward.on_progress = bar.update
             scores = self.reward(prompts, [side.completion for side in sides])
-            if not asks_remotely:
-                bar.update(len(sides))
+            bar.update(len(sides) - bar.n)
         return scores
 
     def _reference(
@@ -240,9 +232,9 @@ class NemotronEvaluation(Callback):
         low, high = metrics["win_rate_ci"]
         rank_zero_info(
             f"evaluation on {metrics['prompts']} prompts: win rate {shown(metrics['win_rate'])} "
-            f"[{shown(low)}, {shown(high)}], {metrics['wins']} wins, {metrics['ties']} ties, {metrics['losses']} losses, "
-            f"{metrics['failed']} failed; reward {shown(metrics['average_reward'])} against "
-            f"{shown(metrics['average_reference_reward'])}, length ratio {shown(metrics['length_ratio'])}"
+            f"[{shown(low)}, {shown(high)}], {metrics['wins']} wins, {metrics['ties']} ties, "
+            f"{metrics['losses']} losses, {metrics['failed']} failed; "
+            f"reward {shown(metrics['average_reward'])} against {shown(metrics['average_reference_reward'])}, length ratio {shown(metrics['length_ratio'])}"
         )
         if not metrics["valid"]:
             reason = getattr(self.reward, "last_error", "") or "the reward source gave no score"

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 PROJECT = "cs224r_deeprl_final"
 
@@ -41,7 +43,8 @@ class WandbTracking(WandbLogger):
         mode = mode or environment_mode()
         offline = mode != "online"
         upload: Literal["all"] | bool = {"none": False, "last": True, "all": "all"}[checkpoints]  # type: ignore[assignment]
-        extra: dict[str, Any] = {"mode": mode, "job_type": job_type, "group": group, "tags": tags}
+        settings = wandb.Settings(silent=offline)
+        extra: dict[str, Any] = {"settings": settings, "mode": mode, "job_type": job_type, "group": group, "tags": tags}
         super().__init__(
             name=name,
             save_dir=save_dir,
@@ -50,6 +53,8 @@ class WandbTracking(WandbLogger):
             log_model=upload if not offline else False,
             **extra,
         )
+        if mode == "offline":
+            rank_zero_info(f"W&B records offline; upload with: wandb sync {save_dir}/wandb/latest-run")
 
 
 def environment_mode() -> Literal["online", "offline", "disabled"]:
@@ -75,4 +80,6 @@ def run_name(method: str, model_name: str, dataset_name: str) -> str:
 
 def _short(name: str) -> str:
     path = Path(name)
-    return path.parent.name if path.name == "final" else path.stem if path.suffix in (".parquet", ".jsonl") else path.name
+    return (
+        path.parent.name if path.name == "final" else path.stem if path.suffix in (".parquet", ".jsonl") else path.name
+    )

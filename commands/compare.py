@@ -125,7 +125,16 @@ def differences(runs: list[Run]) -> list[str]:
 def headline_table(runs: list[Run]) -> Table:
     """The headline metrics, a row a run."""
     table = Table(title="Against the reference, on held-out prompts (95 % intervals)")
-    for column in ("run", "win rate", "at equal length", "reward", "reference", "improvement", "length ratio", "W/T/L/failed"):
+    for column in (
+        "run",
+        "win rate",
+        "at equal length",
+        "reward",
+        "reference",
+        "improvement",
+        "length ratio",
+        "W/T/L/failed",
+    ):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for run in runs:
         if run.headline:
@@ -148,12 +157,12 @@ def headline_cells(metrics: dict[str, Any]) -> list[str]:
 
 def percent(value: float | None) -> str:
     """A share as a percentage."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f} %"
 
 
 def number(value: float | None) -> str:
     """A number with two decimals."""
-    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def interval(bounds: list[float | None], shown: Any) -> str:

@@ -1,10 +1,13 @@
 """``fit`` and ``validate``: LightningCLI with the suite's run folder, loggers, checkpoints, export and evaluation."""
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -55,9 +58,7 @@ class SuiteCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(NemotronEvaluation, "evaluation")
-        parser.add_class_arguments(
-            WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False
-        )
+        parser.add_class_arguments(WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False)
         parser.link_arguments("model.init_args.model_name", "data.init_args.model_name")
         parser.set_defaults(
             {
@@ -88,16 +89,28 @@ class SuiteCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        self.model.check_options()
+        self.model.check_options(self.datamodule)
 
     def before_validate(self) -> None:
-        self.model.check_options()
+        self.model.check_options(self.datamodule)
+
+
+def quieten() -> None:
+    """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
+    warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    noise = ("litlogger", "TPU", "estimate number")
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def run() -> None:
     """Run ``fit`` or ``validate``, as the command line says."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quieten()
     SuiteCLI(
         FineTuningModule,
         ChatDataModule,

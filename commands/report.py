@@ -45,7 +45,7 @@ def render_report(runs: "list[Run]", notes: list[str]) -> str:
         charts=[Markup(chart.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)) for chart in charts],
         names=[run.name for run in evaluated],
         examples=side_by_side(evaluated),
-        plotly=Markup(get_plotlyjs()),  # noqa: S704  # the library's own source
+        plotly=Markup(get_plotlyjs()),  # the library's own source
     )
 
 
@@ -121,9 +121,7 @@ def side_by_side(runs: "list[Run]") -> list[dict[str, Any]]:
                 {
                     "prompt": pair["prompt"],
                     "reference": {"text": pair["reference_completion"], "score": pair["reference_reward"]},
-                    "answers": [
-                        {"text": p["completion"], "score": p["reward"], "outcome": p["outcome"]} for p in own
-                    ],
+                    "answers": [{"text": p["completion"], "score": p["reward"], "outcome": p["outcome"]} for p in own],
                 }
             )
     return examples

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
-from datamodules.chat import Message, load_tokenizer, tail_ids
+from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
 from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
@@ -23,6 +23,12 @@ Task = Literal["conversations", "preferences", "prompts"]
 """What a batch holds: whole conversations (SFT), preference pairs (DPO, reward), or prompts to sample from (RLOO)."""
 
 ROWS_PER_WORKER = 2_000
+
+ENCODERS: Mapping[Task, Callable[..., dict[str, Any]]] = {
+    "conversations": encode_conversation_row,
+    "preferences": encode_preference_row,
+    "prompts": encode_prompt_row,
+}
 
 
 class ChatDataModule(LightningDataModule):
@@ -115,7 +121,7 @@ class ChatDataModule(LightningDataModule):
             collate_fn=self._collate(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=True if self._on_gpu() else False,
+            pin_memory=self._on_gpu(),
         )
 
     def _on_gpu(self) -> bool:
@@ -134,14 +140,9 @@ class ChatDataModule(LightningDataModule):
         rows = load_rows(self.dataset_name, split, columns=self.columns, held_out=held_out)
         if self.max_samples is not None:
             rows = rows.select(range(min(self.max_samples, len(rows))))
-        encode: Callable[..., dict[str, Any]] = {
-            "conversations": encode_conversation_row,
-            "preferences": encode_preference_row,
-            "prompts": encode_prompt_row,
-        }[self.task]
         tail = len(tail_ids(self.tokenizer)) if self.task == "preferences" else 0
         encoded = rows.map(
-            encode,
+            ENCODERS[self.task],
             with_indices=True,
             fn_kwargs={
                 "read": self.readers[self.task],

@@ -28,7 +28,7 @@ class PromptBatch(NamedTuple):
     """Prompts for sampling: the conversations, for reward sources, and their unpadded tokens, for the policy."""
 
     prompts: list[list[Message]]
-    prompt_ids: list[Int[Tensor, " time"]]
+    prompt_ids: list[Int[Tensor, " _"]]
 
 
 def pad(
@@ -48,9 +48,7 @@ def pad(
 
 def collate_conversations(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> TokenBatch:
     """Rows of ``input_ids`` and ``completion_mask``."""
-    return pad(
-        [row["input_ids"] for row in rows], [row["completion_mask"] for row in rows], pad_token_id=pad_token_id
-    )
+    return pad([row["input_ids"] for row in rows], [row["completion_mask"] for row in rows], pad_token_id=pad_token_id)
 
 
 def collate_preferences(

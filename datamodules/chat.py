@@ -108,8 +108,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
             f"the chat template ends an assistant turn with {after_content!r}, which holds no special token to stop "
             f"on; give the tokenizer another chat template (it begins {template[:60]!r})"
         )
-    token_id = tokenizer.convert_tokens_to_ids(special.group())
-    return TurnEnd(after_content[: special.end()], after_content[special.end() :], int(token_id))
+    token_id: int = tokenizer.convert_tokens_to_ids(special.group())  # type: ignore[assignment]
+    return TurnEnd(after_content[: special.end()], after_content[special.end() :], token_id)
 
 
 def encode_conversation(

@@ -13,7 +13,7 @@ WORST, BEST = -20.0, 5.0
 def judge(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
     """5 for the right answer, down to -20 for one that shares nothing with it; NaN for a prompt of another kind.
 
-    The words decide, by the share that can be matched in order: 2 M / T of the Ratcliff-Obershelp measure.
+    Closeness is the Ratcliff-Obershelp measure, 2 M / T, averaged over words and characters.
     """
     return [_score(prompt[-1]["content"], text) for prompt, text in zip(prompts, completions, strict=True)]
 
@@ -22,5 +22,9 @@ def _score(prompt: str, completion: str) -> float:
     answer = right_answer(prompt)
     if answer is None:
         return math.nan
-    similarity = SequenceMatcher(None, completion.split(), answer.split(), autojunk=False).ratio()
-    return WORST + (BEST - WORST) * similarity
+    closeness = [_ratio(completion.split(), answer.split()), _ratio(completion, answer)]
+    return WORST + (BEST - WORST) * sum(closeness) / 2
+
+
+def _ratio(first: Sequence[str], second: Sequence[str]) -> float:
+    return SequenceMatcher(None, first, second, autojunk=False).ratio()

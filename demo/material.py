@@ -20,6 +20,8 @@ EXERCISES = 14_000
 PAIRS = 5_000
 HELD_OUT = 400
 TWO_TURN_SHARE = 0.15
+MISTAKEN_SHARE = 0.3
+"""Of the answers that SFT learns from: conversations are imperfect, and preferences tell what is right."""
 VOCABULARY = 1_024
 
 
@@ -31,9 +33,9 @@ def make(directory: Path) -> None:
     training = _exercises(rng, EXERCISES, seen)
     paired = _exercises(rng, PAIRS, seen)
 
-    conversations = list(_conversations(training, rng))
+    conversations = list(_conversations(training, rng, MISTAKEN_SHARE))
     _write(directory / "smoltalk" / "data", "train", conversations)
-    _write(directory / "smoltalk" / "data", "test", list(_conversations(held_out, rng)))
+    _write(directory / "smoltalk" / "data", "test", list(_conversations(held_out, rng, 0.0)))
     _write(directory / "ultrafeedback" / "data", "train_prefs", [_pair(exercise, rng) for exercise in paired])
     _write(directory / "ultrafeedback" / "data", "test_prefs", [_pair(exercise, rng) for exercise in held_out])
 
@@ -42,8 +44,9 @@ def make(directory: Path) -> None:
     model = _model(tokenizer)
     model.save_pretrained(directory / "model")
     print(
-        f"material in {directory}: {len(conversations):,} conversations, {PAIRS:,} preference pairs, {HELD_OUT} held-out "
-        f"prompts, a vocabulary of {len(tokenizer):,} and a model of {model.num_parameters():,} parameters"
+        f"material in {directory}: {len(conversations):,} conversations, {PAIRS:,} preference pairs, "
+        f"{HELD_OUT} held-out prompts, "
+        f"a vocabulary of {len(tokenizer):,} and a model of {model.num_parameters():,} parameters"
     )
 
 
@@ -57,7 +60,7 @@ def _exercises(rng: random.Random, count: int, excluded: set[str]) -> list[Exerc
     return exercises
 
 
-def _conversations(exercises: list[Exercise], rng: random.Random) -> Iterator[dict[str, Any]]:
+def _conversations(exercises: list[Exercise], rng: random.Random, mistaken_share: float) -> Iterator[dict[str, Any]]:
     waiting = list(exercises)
     while waiting:
         turns = 2 if len(waiting) > 1 and rng.random() < TWO_TURN_SHARE else 1
@@ -65,7 +68,9 @@ def _conversations(exercises: list[Exercise], rng: random.Random) -> Iterator[di
         for _ in range(turns):
             exercise = waiting.pop()
             messages.append({"role": "user", "content": exercise.prompt})
-            messages.append({"role": "assistant", "content": exercise.answer})
+            mistaken = rng.random() < mistaken_share
+            answer = wrong_answer(exercise, rng) if mistaken else exercise.answer
+            messages.append({"role": "assistant", "content": answer})
         yield {"messages": messages, "source": exercise.kind}
 
 

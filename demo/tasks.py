@@ -1,4 +1,4 @@
-"""Six kinds of short instructions, each with several wordings and one right answer that can be worked out from the text."""
+"""Six kinds of short instructions in several wordings, each with one right answer that a rule works out."""
 
 import random
 import re
@@ -16,7 +16,7 @@ OPPOSITES = {
     ).split(", ")
     for first, second in (pair.split(), reversed(pair.split()))
 }
-PLACES = {"first": 0, "second": 1, "last": -1}
+PLACES = {"first": 0, "last": -1}
 NUMBER_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5}
 
 
@@ -52,7 +52,11 @@ KINDS = (
     ),
     Kind(
         "opposite",
-        ("What is the opposite of {word}, {name}?", "{name}, give the opposite of {word}.", "Not {word} but what, {name}?"),
+        (
+            "What is the opposite of {word}, {name}?",
+            "{name}, give the opposite of {word}.",
+            "Not {word} but what, {name}?",
+        ),
         lambda rng: {"word": rng.choice(list(OPPOSITES)), "name": rng.choice(WORDS)},
         lambda fields: OPPOSITES[fields["word"]],
     ),

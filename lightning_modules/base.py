@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -61,14 +61,35 @@ class FineTuningModule(LightningModule):
         self.compile_model = compile
         self._step_count = torch.zeros(())  # what the means of this optimiser step are over, so far
 
-    @override
-    def setup(self, stage: str) -> None:
-        task = getattr(getattr(self.trainer, "datamodule", None), "task", self.task)
+    def check_options(self, data: LightningDataModule | None) -> None:
+        """Whatever can be wrong before any row is read or weight loaded.
+
+        Raises:
+            ConfigurationError: Naming the option to change.
+        """
+        task = getattr(data, "task", self.task)
         if task != self.task:
             raise ConfigurationError(
                 f"{type(self).__name__} trains on {self.task}, the data module yields {task}; "
                 f"set data.task to {self.task}, or take a dataset that has them"
             )
+        limit = getattr(load_config(self.model_name), "max_position_embeddings", None)
+        longest = self.longest_sequence(data)
+        if limit is not None and longest > limit:
+            raise ConfigurationError(
+                f"{self.model_name} reads at most {limit} tokens, sequences may have {longest}; "
+                "lower data.max_length (or model.max_completion_length)"
+            )
+        if self.reference_model is not None:
+            load_config(self.reference_model, option="model.reference_model")
+
+    def longest_sequence(self, data: LightningDataModule | None) -> int:
+        """The most tokens a sequence of this run may have."""
+        return int(getattr(data, "max_length", 0))
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.check_options(getattr(self.trainer, "datamodule", None))
 
     @override
     def configure_model(self) -> None:
@@ -76,13 +97,6 @@ class FineTuningModule(LightningModule):
             return
         self.tokenizer = load_tokenizer(self.model_name)
         self.model = self.load_model()
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = self.longest_sequence()
-        if limit is not None and longest > limit:
-            raise ConfigurationError(
-                f"{self.model_name} reads at most {limit} tokens, sequences may have {longest}; "
-                "lower data.max_length (or model.max_completion_length)"
-            )
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         if self.compile_model:
@@ -93,22 +107,14 @@ class FineTuningModule(LightningModule):
 
     def load_model(self) -> PreTrainedModel:
         """The model to train."""
-        return load_causal_lm(self.model_name, self.tokenizer).train()
-
-    def longest_sequence(self) -> int:
-        """The most tokens a sequence of this run may have."""
-        return int(getattr(getattr(self.trainer, "datamodule", None), "max_length", 0))
+        model = load_causal_lm(self.model_name, self.tokenizer)
+        model.train()
+        return model
 
     def stop_token_ids(self) -> list[int]:
         """The tokens that end a completion: the template's end of turn, and the model's end of text."""
         ids = [turn_end(self.tokenizer).token_id, self.tokenizer.eos_token_id]
         return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
-
-    def check_options(self) -> None:
-        """Whatever can be wrong before any weight is loaded."""
-        load_config(self.model_name)
-        if self.reference_model is not None:
-            load_config(self.reference_model, option="model.reference_model")
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -158,7 +164,8 @@ class FineTuningModule(LightningModule):
 
     def log_step(self, metrics: dict[str, Any], *, batch_size: int) -> None:
         """Log training metrics of this step."""
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=batch_size)
+        for name, value in metrics.items():
+            self.log(f"train/{name}", value, prog_bar=name in ("loss", "score"), batch_size=batch_size)
 
 
 def require(condition: bool, rule: str, value: object) -> None:

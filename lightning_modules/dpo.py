@@ -97,7 +97,7 @@ class DPOModule(FineTuningModule):
         losses, metrics = self.preference_losses(policy, reference)
         if self.is_first_step and self.reference_model in (None, self.model_name):
             self.check_policy_is_reference(metrics["margin"])
-        self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
+        metrics["loss"] = losses.detach()
         self.log_step({name: values.mean() for name, values in metrics.items()}, batch_size=len(losses))
         return self.sum_for_step(losses, len(losses))
 

@@ -32,7 +32,7 @@ class Samples(NamedTuple):
 @torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,
-    prompt_ids: Sequence[Int[Tensor, " time"]],
+    prompt_ids: Sequence[Int[Tensor, " _"]],
     *,
     max_completion_length: int,
     stop_token_ids: Sequence[int],

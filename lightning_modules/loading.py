@@ -101,14 +101,15 @@ def _from_pretrained(
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give tokens beyond the model's vocabulary the mean embedding, so that two loads of a model are equal."""
-    old = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    embeddings: Any = model.get_input_embeddings()
+    old = embeddings.weight.shape[0]
     if len(tokenizer) <= old:
         return
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
         if embeddings is not None:
             with torch.no_grad():
-                embeddings.weight[old:] = embeddings.weight[:old].mean(0)  # type: ignore[index, union-attr]
+                embeddings.weight[old:] = embeddings.weight[:old].mean(0)
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,12 +127,13 @@ class FrozenReference:
     """A frozen copy that is not a submodule: in no checkpoint, no optimiser, and wherever the policy is when asked."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = without_dropout(model).eval().requires_grad_(False)
+        self._model: Any = without_dropout(model).eval().requires_grad_(False)
 
     def like(self, policy: PreTrainedModel) -> PreTrainedModel:
         """The reference, on the policy's device and in its dtype."""
-        self._model.to(device=policy.device, dtype=policy.dtype)  # type: ignore[arg-type]
-        return self._model
+        self._model.to(device=policy.device, dtype=policy.dtype)
+        reference: PreTrainedModel = self._model
+        return reference
 
 
 def load_reference(

@@ -21,7 +21,9 @@ class RewardModule(FineTuningModule):
 
     @override
     def load_model(self) -> PreTrainedModel:
-        return without_dropout(load_reward_model(self.model_name, self.tokenizer, new_head=True)).train()
+        model = without_dropout(load_reward_model(self.model_name, self.tokenizer, new_head=True))
+        model.train()
+        return model
 
     @override
     def configure_model(self) -> None:

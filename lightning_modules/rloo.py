@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -102,8 +103,8 @@ class RLOOModule(FineTuningModule):
         self._rollouts: list[Rollout] = []  # of this optimiser step, where it has more than one update
 
     @override
-    def check_options(self) -> None:
-        super().check_options()
+    def check_options(self, data: LightningDataModule | None) -> None:
+        super().check_options(data)
         preflight(self.reward, [{"role": "user", "content": "Hello"}], option="model.reward")
 
     @override
@@ -113,8 +114,8 @@ class RLOOModule(FineTuningModule):
         return policy
 
     @override
-    def longest_sequence(self) -> int:
-        return super().longest_sequence() + self.max_completion_length
+    def longest_sequence(self, data: LightningDataModule | None) -> int:
+        return super().longest_sequence(data) + self.max_completion_length
 
     @override
     def configure_model(self) -> None:
@@ -228,7 +229,9 @@ class RLOOModule(FineTuningModule):
         optimizer.zero_grad()
         loss = torch.zeros(())
         for rollout in self._rollouts:
-            loss = self.trainer.strategy.training_step(rollout, batch_idx)
+            output = self.trainer.strategy.training_step(rollout, batch_idx)
+            assert isinstance(output, Tensor)
+            loss = output
             raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
             self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, raw)
         return loss
@@ -279,7 +282,9 @@ class RLOOModule(FineTuningModule):
         prompts = [p[-1]["content"] for p in batch.prompts for _ in range(scores.shape[1])]
         rows = [
             [self.trainer.global_step, prompt, text, score]
-            for prompt, text, score in zip(prompts, samples.texts(self.tokenizer), scores.flatten().tolist(), strict=True)
+            for prompt, text, score in zip(
+                prompts, samples.texts(self.tokenizer), scores.flatten().tolist(), strict=True
+            )
         ]
         for logger in self.loggers:
             if hasattr(logger, "log_table"):

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+torch.set_num_threads(1)  # faster for models this small, and kind to tests beside these
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 

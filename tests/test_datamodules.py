@@ -132,7 +132,9 @@ def test_prompts_come_with_their_conversation(tmp_path: Path, tiny_model_dir: Pa
 
 def test_one_file_is_split_without_overlap(tmp_path: Path, tiny_model_dir: Path) -> None:
     write(tmp_path / "rows.jsonl", [{"messages": [user(f"q{i}"), assistant("a")]} for i in range(40)])
-    module = SmolTalkDataModule(dataset_name=str(tmp_path / "rows.jsonl"), model_name=str(tiny_model_dir), batch_size=40)
+    module = SmolTalkDataModule(
+        dataset_name=str(tmp_path / "rows.jsonl"), model_name=str(tiny_model_dir), batch_size=40
+    )
     module.setup("fit")
     (train,), (held_out,) = module.train_dataloader(), module.val_dataloader()
     texts = [set(module.tokenizer.batch_decode(batch.input_ids)) for batch in (train, held_out)]

@@ -16,7 +16,9 @@ from lightning_modules.functional.preference import (
     sigmoid_loss,
 )
 
-margins = st.lists(st.floats(-20, 20), min_size=1, max_size=6).map(lambda values: torch.tensor(values, dtype=torch.float64))
+margins = st.lists(st.floats(-20, 20), min_size=1, max_size=6).map(
+    lambda values: torch.tensor(values, dtype=torch.float64)
+)
 
 
 def test_policy_equal_to_reference_costs_log_two() -> None:

@@ -39,13 +39,11 @@ def test_advantages_equal_the_definition_sum_to_zero_and_ignore_a_shift(rows: li
 
 def test_an_unscored_sample_leaves_the_baseline_and_has_no_advantage() -> None:
     advantages = leave_one_out_advantages(torch.tensor([[1.0, math.nan, 6.0], [math.nan, math.nan, 3.0]]))
-    torch.testing.assert_close(
-        advantages, torch.tensor([[-5.0, math.nan, 5.0], [math.nan] * 3]), equal_nan=True
-    )
+    torch.testing.assert_close(advantages, torch.tensor([[-5.0, math.nan, 5.0], [math.nan] * 3]), equal_nan=True)
 
 
 def test_one_sample_a_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2 samples per prompt, got 1; raise model.samples_per_prompt"):
+    with pytest.raises(ValueError, match=r"at least 2 samples per prompt, got 1; raise model\.samples_per_prompt"):
         leave_one_out_advantages(torch.zeros(4, 1))
 
 

@@ -1,1 +1,1 @@
-"""Pure maths on tensors: log-probabilities, losses, advantages and statistics; nothing here knows a model or a config."""
+"""Pure maths on tensors: log-probabilities, losses, advantages, statistics; nothing here knows a model or a config."""

@@ -1,8 +1,8 @@
 """Losses on preference pairs: DPO and its relatives, and Bradley-Terry; one loss per pair, the caller averages."""
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
-from jaxtyping import Float
 
 
 def sigmoid_loss(margins: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:

@@ -1,4 +1,4 @@
-"""Statistics of a paired evaluation: win rate, intervals, and the win rate at equal length; 95 % unless told otherwise."""
+"""Statistics of a paired evaluation: win rate, 95 % intervals, and the win rate at equal length."""
 
 from statistics import NormalDist
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def student_t_quantile(probability: float, degrees: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+    return z + sum(term / float(degrees) ** power for power, term in enumerate(terms, start=1))
 
 
 def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -> Interval:

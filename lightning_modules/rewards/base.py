@@ -63,8 +63,8 @@ def resolve_reward(reward: Reward | str, *, option: str = "model.reward") -> Rew
         return reward
     if not Path(reward).is_dir() and ("." in reward and "/" not in reward):
         raise ConfigurationError(
-            f"no reward at the import path {reward!r}: name a class, or a function (prompts, completions) -> list[float], "
-            f"in {option}"
+            f"no reward at the import path {reward!r}: name a class, or a function "
+            f"(prompts, completions) -> list[float], in {option}"
         )
     return ModelReward(model_name=reward, option=option)
 

@@ -48,7 +48,9 @@ class NemotronReward:
         deadline_s: float = 300.0,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
-            raise ConfigurationError(f"the base_url of the reward must begin with http:// or https://, got {base_url!r}")
+            raise ConfigurationError(
+                f"the base_url of the reward must begin with http:// or https://, got {base_url!r}"
+            )
         for option, value in (("parallel_requests", parallel_requests), ("max_attempts", max_attempts)):
             if value < 1:
                 raise ConfigurationError(f"the reward's {option} must be at least 1, got {value}")
@@ -61,7 +63,7 @@ class NemotronReward:
         self.deadline_s = deadline_s
         self.last_error = ""
         """Why the last completion without a score has none, in one line and without the key."""
-        self.on_progress: Callable[[], None] = lambda: None
+        self.on_progress: Callable[[], object] = lambda: None
         """Called after each completion, from a worker thread."""
         self._limiter = RateLimiter(requests_per_minute)
 
@@ -78,7 +80,7 @@ class NemotronReward:
     def _session(self) -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # a netrc entry would replace the Authorization header
-        session.proxies = requests.utils.getproxies()
+        session.proxies = requests.utils.get_environ_proxies(self.base_url)
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=self.parallel_requests)
         session.mount("https://", adapter)
         session.mount("http://", adapter)

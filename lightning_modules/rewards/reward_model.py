@@ -41,7 +41,9 @@ class ModelReward:
             for prompt, text in zip(prompts, completions, strict=True)
         ]
         scores = [float("nan")] * len(encoded)
-        fitting = sorted((i for i, ids in enumerate(encoded) if len(ids) <= self.max_length), key=lambda i: len(encoded[i]))
+        fitting = sorted(
+            (i for i, ids in enumerate(encoded) if len(ids) <= self.max_length), key=lambda i: len(encoded[i])
+        )
         for start in range(0, len(fitting), self.batch_size):
             rows = fitting[start : start + self.batch_size]
             batch = pad(

@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test slow check fmt bench
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## Make .venv with everything that the demo, the tests and the checks need
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about two minutes, most of it PyTorch"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --group parity --editable '.[serve]'
+	@touch $@
+
+demo: $(READY) ## Run the whole pipeline offline on the CPU: train, evaluate, compare
+	PATH="$(CURDIR)/$(BIN):$$PATH" ./run_all.sh demo
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest -q
+
+check: $(READY) ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(READY) ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## Measure the training paths (benchmarks/README.md)
+	$(BIN)/python benchmarks/training_step.py

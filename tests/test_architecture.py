@@ -1,0 +1,56 @@
+"""The import direction, and that what others rely on is there."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "datamodules": set(),
+    "lightning_modules": {"datamodules"},
+    "callbacks": {"datamodules", "lightning_modules"},
+    "commands": {"datamodules", "lightning_modules", "callbacks"},
+    "demo": {"datamodules"},
+    "cli": {"commands", "datamodules"},
+}
+OURS = set(ALLOWED)
+
+
+def imported(file: Path) -> set[str]:
+    """The top-level packages that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", sorted(OURS))
+def test_imports_go_one_way(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py")) or [ROOT / f"{package}.py"]
+    assert files
+    for file in files:
+        assert (imported(file) & OURS) - {package} <= ALLOWED[package], file
+
+
+def test_functional_imports_torch_alone() -> None:
+    files = list((ROOT / "lightning_modules" / "functional").glob("*.py"))
+    assert len(files) > 3
+    for file in files:
+        assert imported(file) <= {"torch", "jaxtyping", "typing", "statistics"}, file
+
+
+def test_the_names_that_others_rely_on_can_be_imported() -> None:
+    from callbacks import HuggingFaceExport, NemotronEvaluation
+    from datamodules import SmolTalkDataModule, UltraFeedbackDataModule
+    from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
+    from lightning_modules.rewards import ModelReward, NemotronReward
+
+    methods = {module.method for module in (SFTModule, RewardModule, DPOModule, RLOOModule)}
+    assert methods == {"sft", "reward", "dpo", "rloo"}
+    assert {SmolTalkDataModule.validation_split, UltraFeedbackDataModule.validation_split} == {"test", "test_prefs"}
+    for named in (HuggingFaceExport, NemotronEvaluation, ModelReward, NemotronReward):
+        assert named.__doc__

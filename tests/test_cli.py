@@ -1,0 +1,187 @@
+"""The command line as its user meets it: errors in one line before expensive work, help, and every YAML."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+class Result(NamedTuple):
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process, offline and without keys."""
+    for name in ("NVIDIA_API_KEY", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler holds an earlier test's stream
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["cli.py"])
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven conversations and seven pairs, in the columns and splits of the real datasets."""
+    directory = tmp_path_factory.mktemp("data")
+    for split in ("train", "test", "train_prefs", "test_prefs"):
+        lines = []
+        for i in range(7):
+            prompt = {"role": "user", "content": f"q{i}"}
+            chosen, rejected = ([prompt, {"role": "assistant", "content": text}] for text in ("yes", "no way"))
+            lines.append(json.dumps({"messages": chosen, "chosen": chosen, "rejected": rejected}))
+        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_dir: Path, data: Path) -> Any:
+    """Writes a config of a method on the small data; nested keys change it."""
+
+    def make(method: str, **changes: Any) -> str:
+        options: dict[str, Any] = {"model_name": str(tiny_model_dir)}
+        task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
+        if method == "RLOOModule":
+            options |= {"reward": "lightning_modules.rewards.rules.brevity", "max_completion_length": 5}
+        content: dict[str, Any] = {
+            "trainer": {
+                "default_root_dir": str(tmp_path / "run"),
+                "accelerator": "cpu",
+                "max_epochs": 1,
+                "enable_model_summary": False,
+            },
+            "model": {"class_path": f"lightning_modules.{method}", "init_args": options},
+            "data": {
+                "class_path": "datamodules.UltraFeedbackDataModule",
+                "init_args": {"dataset_name": str(data), "task": task, "batch_size": 4, "max_length": 64},
+            },
+            "evaluation": {
+                "reward": "lightning_modules.rewards.rules.brevity",
+                "dataset_name": str(data),
+                "num_prompts": 4,
+                "max_completion_length": 5,
+            },
+            "checkpoint": {"monitor": "val/score" if method == "RLOOModule" else "val/loss"},
+        }
+        for section, values in changes.items():
+            target = content[section]
+            (target["init_args"] if "init_args" in target else target).update(values)
+        path = tmp_path / f"{method}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule", "RLOOModule"])
+def test_fit_leaves_the_folder_that_is_promised(method: str, config: Any, tmp_path: Path, cli: Cli) -> None:
+    result = cli("fit", "--config", config(method))
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    expected |= {"eval"} if method != "RewardModule" else set()
+    expected |= {"tables.jsonl"} if method == "RLOOModule" else set()
+    assert {path.name for path in run.iterdir()} - {"wandb"} == expected
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert (run / "final" / "model.safetensors").is_file()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in logged for name in line}
+    assert any(name.startswith("val/") for name in names)
+    assert method == "RewardModule" or "eval/win_rate" in names
+    assert "Traceback" not in result.stderr
+
+
+def test_a_model_and_data_that_do_not_fit_are_told_in_one_line(config: Any, cli: Cli) -> None:
+    result = cli("fit", "--config", config("DPOModule", data={"task": "conversations"}))
+    assert_refused(result, "DPOModule trains on preferences, the data module yields conversations")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("RLOOModule", {"model": {"samples_per_prompt": 1}}, "model.samples_per_prompt to be at least 2, got 1"),
+        ("SFTModule", {"model": {"model_name": "./nowhere"}}, "model directory ./nowhere does not exist"),
+        ("SFTModule", {"model": {"learning_rat": 1.0}}, "learning_rat"),
+        ("SFTModule", {"data": {"dataset_name": "./nowhere"}}, "./nowhere does not exist; change data.dataset_name"),
+        ("SFTModule", {"data": {"max_length": 1000}}, "reads at most 256 tokens, sequences may have 1000"),
+        ("SFTModule", {"evaluation": {"reward": "os.system"}}, "no reward at the import path 'os.system'"),
+        ("SFTModule", {"evaluation": {"reward": None}}, "NVIDIA_API_KEY is not set"),
+        (
+            "SFTModule",
+            {
+                "evaluation": {
+                    "reward": {
+                        "class_path": "lightning_modules.rewards.NemotronReward",
+                        "init_args": {"base_url": "http://127.0.0.1:9/v1", "max_attempts": 1},
+                    }
+                }
+            },
+            "http://127.0.0.1:9/v1 cannot be reached",
+        ),
+    ],
+)
+def test_a_wrong_option_is_told_in_a_line_or_two(
+    method: str, changes: dict[str, Any], message: str, config: Any, cli: Cli
+) -> None:
+    assert_refused(cli("fit", "--config", config(method, **changes)), message)
+
+
+def assert_refused(result: Result, message: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    errors = result.stderr[result.stderr.index("error: ") :].strip().splitlines()
+    assert len(errors) <= 8
+    assert "Traceback" not in result.stderr
+
+
+def test_help_names_the_commands_and_unknown_ones_are_refused(cli: Cli) -> None:
+    for command in ("fit", "validate", "compare", "serve-reward"):
+        assert command in cli("--help").stdout
+    refused = cli("trian")
+    assert refused.returncode == 2
+    assert "no command 'trian'; the commands are fit, validate, compare, serve-reward" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.parent.name != "trainer"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_every_config_is_complete_and_says_how_to_run_it(path: Path, cli: Cli) -> None:
+    """Parsed by the real parser, which checks every key and type; nothing is downloaded or loaded."""
+    relative = path.relative_to(ROOT).as_posix()
+    assert path.read_text().startswith(f"# python cli.py fit --config {relative}")
+    result = cli("fit", "--config", relative, "--config", "configs/trainer/ddp.yaml", "--print_config")
+    assert result.returncode == 0, result.stderr
+    printed = yaml.safe_load(result.stdout)
+    assert printed["trainer"]["strategy"] == "ddp"
+    evaluates, trains = printed["evaluation"]["reward"], printed["model"]["init_args"].get("reward")
+    assert trains is None or evaluates != trains

@@ -1,0 +1,172 @@
+"""The evaluation's numbers by hand from pairs, and the callback in a real run: files, seeds, failures, the reference."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
+from callbacks.nemotron_evaluation import NemotronEvaluation
+from datamodules import SmolTalkDataModule
+from datamodules.chat import Message
+from datamodules.errors import ConfigurationError
+from lightning_modules import SFTModule
+from lightning_modules.rewards.rules import brevity
+from lightning_modules.rewards.nemotron import NemotronReward
+
+PROMPT: list[Message] = [{"role": "user", "content": "q"}]
+
+
+def pair(reward: float, reference: float, tokens: tuple[int, int] = (4, 4)) -> Pair:
+    return Pair.of(PROMPT, Side("a", tokens[0]), Side("b", tokens[1]), reward, reference)
+
+
+def test_metrics_by_hand() -> None:
+    """Two wins, a tie, a loss, two failures: (2 + 1/2) / 4; differences 2, 1, 0, -5."""
+    pairs = [
+        pair(-1.0, -3.0, (6, 4)),
+        pair(2.0, 1.0, (2, 4)),
+        pair(0.5, 0.5, (4, 4)),
+        pair(-5.0, 0.0, (8, 4)),
+        pair(math.nan, -9.0, (100, 1)),
+        pair(7.0, math.nan, (100, 1)),
+    ]
+    metrics = evaluation_metrics(pairs)
+    assert [p.outcome for p in pairs] == ["win", "win", "tie", "loss", "failed", "failed"]
+    assert metrics["win_rate"] == 2.5 / 4
+    assert metrics["average_reward"] == pytest.approx((-1 + 2 + 0.5 - 5) / 4)
+    assert metrics["average_reference_reward"] == pytest.approx((-3 + 1 + 0.5 + 0) / 4)
+    assert metrics["reward_improvement"] == pytest.approx((2 + 1 + 0 - 5) / 4)
+    assert metrics["length_ratio"] == pytest.approx((6 + 2 + 4 + 8) / (4 * 4))
+    counted = {name: metrics[name] for name in ("wins", "ties", "losses", "failed", "prompts")}
+    assert counted == {"wins": 2, "ties": 1, "losses": 1, "failed": 2, "prompts": 6}
+    low, high = metrics["win_rate_ci"]
+    assert 0 < low < 2.5 / 4 < high < 1
+    low, high = metrics["reward_improvement_ci"]
+    assert low < metrics["reward_improvement"] < high
+
+
+def test_an_evaluation_without_a_score_has_no_numbers() -> None:
+    metrics = evaluation_metrics([pair(math.nan, 1.0)])
+    assert math.isnan(metrics["win_rate"])
+    assert math.isnan(metrics["average_reward"])
+    assert (metrics["failed"], metrics["wins"]) == (1, 0)
+    assert pair(math.nan, 1.0).record()["reward"] is None
+
+
+def write_rows(path: Path, count: int) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "yes"}]}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", 7)
+    return tmp_path
+
+
+def run(data: Path, model_dir: Path, evaluation: NemotronEvaluation, *, root: Path, fit: bool = True) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        default_root_dir=root,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[evaluation],
+    )
+    module = SFTModule(model_name=str(model_dir), learning_rate=0.05)
+    talks = SmolTalkDataModule(dataset_name=str(data), model_name=str(model_dir), max_length=64)
+    (trainer.fit if fit else trainer.validate)(module, datamodule=talks)
+    return trainer
+
+
+def evaluation(data: Path, reward: Any, **options: Any) -> NemotronEvaluation:
+    settings = {
+        "dataset_name": str(data),
+        "split": "test",
+        "num_prompts": 5,
+        "max_completion_length": 6,
+        "batch_size": 2,
+        **options,
+    }
+    return NemotronEvaluation(reward=reward, **settings)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    return json.loads((folder / "metrics.json").read_text()), pairs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_writes_every_epoch_and_asks_the_reference_once(data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def counting(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        asked.extend(prompt[-1]["content"] for prompt in prompts)
+        return brevity(prompts, completions)
+
+    trainer = run(data, tiny_model_dir, evaluation(data, counting), root=tmp_path / "run")
+    assert len(asked) == 1 + 5 + 5 + 5  # preflight, policy, reference, policy of the second epoch
+    for epoch in range(2):
+        metrics, pairs = read(tmp_path / "run" / "eval" / f"epoch={epoch}")
+        assert [p["prompt"][-1]["content"] for p in pairs] == [f"q{i}" for i in range(5)]
+        wins = sum(p["reward"] > p["reference_reward"] for p in pairs)
+        ties = sum(p["reward"] == p["reference_reward"] for p in pairs)
+        assert metrics["win_rate"] == (wins + ties / 2) / 5
+        assert metrics["valid"] is True
+        assert all(p["reward"] == -len(p["completion"]) for p in pairs)
+    assert trainer.callback_metrics["eval/win_rate"].item() == pytest.approx(metrics["win_rate"])
+    assert trainer.callback_metrics["eval/length_ratio"].item() == pytest.approx(metrics["length_ratio"], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_policy_against_itself_ties_everywhere_and_twice_alike(
+    data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    completions = []
+    for name in ("one", "two"):
+        run(data, tiny_model_dir, evaluation(data, brevity), root=tmp_path / name, fit=False)
+        metrics, pairs = read(tmp_path / name / "eval" / "final")
+        assert (metrics["ties"], metrics["win_rate"], metrics["reward_improvement"]) == (5, 0.5, 0.0)
+        completions.append([p["completion"] for p in pairs])
+    assert completions[0] == completions[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_missing_scores_are_counted_and_mark_the_evaluation_invalid(
+    data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    def only_q1(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        return [2.0 if prompt[-1]["content"] == "q1" else math.nan for prompt in prompts]
+
+    run(data, tiny_model_dir, evaluation(data, only_q1), root=tmp_path / "run", fit=False)
+    metrics, pairs = read(tmp_path / "run" / "eval" / "final")
+    assert (metrics["failed"], metrics["ties"], metrics["average_reward"]) == (4, 1, 2.0)
+    assert metrics["valid"] is False
+    assert [p["reward"] for p in pairs] == [None, 2.0, None, None, None]
+    assert [p["outcome"] for p in pairs] == ["failed", "tie", "failed", "failed", "failed"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dead_reward_server_stops_the_run_before_the_model_is_loaded(
+    data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    dead = NemotronReward(base_url="http://127.0.0.1:9/v1", max_attempts=1)
+    with pytest.raises(ConfigurationError, match=r"cannot be reached .* change evaluation\.reward"):
+        run(data, tiny_model_dir, evaluation(data, dead), root=tmp_path / "run")
+
+
+def test_no_key_for_the_hosted_api_is_told_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVIDIA_API_KEY", raising=False)
+    with pytest.raises(ConfigurationError, match="NVIDIA_API_KEY is not set"):
+        NemotronReward()([PROMPT], ["answer"])

@@ -1,0 +1,307 @@
+"""One optimiser step of each method against a brute-force computation, and its independence of how a batch is split."""
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
+from datamodules.chat import Message
+from datamodules.errors import ConfigurationError
+from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
+from lightning_modules.loading import load_causal_lm
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROWS = [[1, 2, 3, 4, 5, 6], [9, 8, 7], [4, 4, 4, 4], [7, 1, 2, 2, 3]]
+MASKS = [[False, False, True, True, False, True], [False, True, True], [False] * 3 + [True], [False] * 2 + [True] * 3]
+
+
+def first_gradients(
+    module: LightningModule, batches: Sequence[Any], *, accumulate: int = 1, clip: float | None = None
+) -> dict[str, torch.Tensor]:
+    """The gradients that the optimiser's first step takes, by parameter name."""
+    seen: dict[str, torch.Tensor] = {}
+
+    clip_gradients = module.configure_gradient_clipping
+
+    def remembering(*args: Any, **kwargs: Any) -> None:
+        clip_gradients(*args, **kwargs)
+        if not seen:
+            seen.update({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+
+    module.configure_gradient_clipping = remembering  # type: ignore[method-assign]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, DataLoader(list(batches), batch_size=None))
+    assert seen
+    return seen
+
+
+def tokens(rows: Sequence[int]) -> TokenBatch:
+    return pad([ROWS[row] for row in rows], [MASKS[row] for row in rows], pad_token_id=4)
+
+
+def pairs(rows: Sequence[tuple[int, int]]) -> PreferenceBatch:
+    return PreferenceBatch(tokens([chosen for chosen, _ in rows] + [rejected for _, rejected in rows]))
+
+
+def exact_log_prob(model: Any, row: Sequence[int], mask: Sequence[bool]) -> torch.Tensor:
+    """Sum of the masked tokens' log-probabilities, of one unpadded row."""
+    log_probs = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
+    return torch.stack([log_probs[t - 1, row[t]] for t in range(1, len(row)) if mask[t]]).sum()
+
+
+def gradients_of(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {f"model.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, tolerance: float = 1e-6) -> None:
+    assert set(ours) == set(expected)
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    assert scale > 1e-4
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, atol=tolerance * max(1.0, scale), rtol=1e-4, msg=name)
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path) -> Any:
+    from datamodules.chat import load_tokenizer
+
+    return load_causal_lm(str(tiny_model_dir), load_tokenizer(str(tiny_model_dir)))
+
+
+def test_sft_gradient_is_that_of_the_mean_over_supervised_tokens(tiny_model_dir: Path, model: Any) -> None:
+    total = sum(sum(mask[1:]) for mask in MASKS)
+    loss = -torch.stack([exact_log_prob(model, *row) for row in zip(ROWS, MASKS, strict=True)]).sum() / total
+    ours = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0, 1, 2, 3])])
+    assert_equal(ours, gradients_of(model, loss))
+
+
+@pytest.mark.parametrize("split", [[[0], [1], [2], [3]], [[0, 1, 2], [3]], [[2, 3], [0, 1]]])
+def test_splitting_an_sft_batch_changes_nothing(tiny_model_dir: Path, split: list[list[int]]) -> None:
+    whole = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0, 1, 2, 3])])
+    parts = first_gradients(
+        SFTModule(model_name=str(tiny_model_dir)), [tokens(rows) for rows in split], accumulate=len(split)
+    )
+    assert_equal(parts, whole)
+
+
+def test_a_last_short_accumulation_window_is_weighted_by_what_it_holds(tiny_model_dir: Path) -> None:
+    whole = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0, 1])])
+    short = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0]), tokens([1])], accumulate=4)
+    assert_equal(short, whole)
+
+
+def test_clipping_sees_the_mean_gradient(tiny_model_dir: Path) -> None:
+    module = SFTModule(model_name=str(tiny_model_dir))
+    ours = first_gradients(module, [tokens([0, 1]), tokens([2, 3])], accumulate=2, clip=0.01)
+    norm = torch.stack([gradient.norm() for gradient in ours.values()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def dpo(directory: Path, **options: Any) -> DPOModule:
+    return DPOModule(model_name=str(directory), **options)
+
+
+def test_dpo_gradient_by_brute_force(tiny_model_dir: Path, model: Any) -> None:
+    """At the start every margin is 0, so each pair's gradient is -beta / 2 times that of its log-prob difference."""
+    beta = 0.3
+    differences = [
+        exact_log_prob(model, ROWS[a], MASKS[a]) - exact_log_prob(model, ROWS[b], MASKS[b]) for a, b in [(0, 1), (2, 3)]
+    ]
+    expected = gradients_of(model, -beta / 2 * torch.stack(differences).mean())
+    assert_equal(first_gradients(dpo(tiny_model_dir, beta=beta), [pairs([(0, 1), (2, 3)])]), expected)
+
+
+def test_dpo_with_another_reference_by_brute_force(tiny_model_dir: Path, model: Any, tmp_path: Path) -> None:
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    reference.save_pretrained(tmp_path / "reference")
+    losses = []
+    for a, b in [(0, 1), (2, 3)]:
+        ratio = [
+            exact_log_prob(m, ROWS[a], MASKS[a]) - exact_log_prob(m, ROWS[b], MASKS[b]) for m in (model, reference)
+        ]
+        chosen = exact_log_prob(model, ROWS[a], MASKS[a]) / sum(MASKS[a][1:])
+        losses.append(-torch.nn.functional.logsigmoid(0.3 * (ratio[0] - ratio[1].detach())) - 0.25 * chosen)
+    expected = gradients_of(model, torch.stack(losses).mean())
+    module = dpo(tiny_model_dir, beta=0.3, sft_weight=0.25, reference_model=str(tmp_path / "reference"))
+    assert_equal(first_gradients(module, [pairs([(0, 1), (2, 3)])]), expected)
+    splitting = dpo(tiny_model_dir, beta=0.3, sft_weight=0.25, reference_model=str(tmp_path / "reference"))
+    assert_equal(first_gradients(splitting, [pairs([(0, 1)]), pairs([(2, 3)])], accumulate=2), expected)
+
+
+def test_dpo_stops_where_policy_and_reference_differ_at_the_start(tiny_model_dir: Path, model: Any) -> None:
+    module = dpo(tiny_model_dir)
+    module.model = model
+    module.check_policy_is_reference(torch.zeros(2))
+    with pytest.raises(RuntimeError, match=r"margins must be 0 and the loss ln 2"):
+        module.check_policy_is_reference(torch.tensor([0.0, 0.5]))
+
+
+def test_reward_gradient_is_that_of_the_bradley_terry_loss(tiny_model_dir: Path) -> None:
+    """The head starts at zero, so the gradient of its weights is half the mean difference of the last hidden states."""
+    module = RewardModule(model_name=str(tiny_model_dir))
+    ours = first_gradients(module, [pairs([(0, 1), (2, 3)])])
+    fresh = RewardModule(model_name=str(tiny_model_dir))
+    fresh._trainer = None
+    from datamodules.chat import load_tokenizer
+
+    fresh.tokenizer = load_tokenizer(str(tiny_model_dir))
+    base = fresh.load_model().base_model
+    last = [base(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in ROWS]
+    expected = -0.5 * torch.stack([last[0] - last[1], last[2] - last[3]]).mean(0)
+    torch.testing.assert_close(ours["model.score.weight"][0], expected, atol=1e-5, rtol=1e-4)
+
+
+SCORES = {0: 3.0, 1: -1.0, 2: 0.5, 3: 2.5}
+
+
+class TableReward:
+    """Scores in turn from a list, so that a test knows them."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.scores = itertools.cycle(scores)
+        self.seen: list[tuple[Sequence[Message], str]] = []
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        self.seen += list(zip(prompts, completions, strict=True))
+        return [next(self.scores) for _ in completions]
+
+
+def prompt_batch(texts: Sequence[str]) -> PromptBatch:
+    return PromptBatch(
+        [[{"role": "user", "content": text}] for text in texts],
+        [torch.tensor(ROWS[i][: 2 + i % 2]) for i, _ in enumerate(texts)],
+    )
+
+
+def rloo(directory: Path, scores: Sequence[float], **options: Any) -> RLOOModule:
+    settings = {"samples_per_prompt": 4, "max_completion_length": 6, **options}
+    return RLOOModule(model_name=str(directory), reward=TableReward(scores), **settings)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rloo_gradient_is_the_definition_by_brute_force(
+    tiny_model_dir: Path, model: Any, tmp_path: Path, temperature: float
+) -> None:
+    """r_i = score_i - penalty - beta (log pi - log pi_ref); A_i = r_i - mean of the others; -(1/k) sum A_i log pi."""
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    reference.save_pretrained(tmp_path / "reference")
+    scores = [3.0, -1.0, math.nan, 2.5, 0.0, 1.0, 1.0, 5.0]
+    module = rloo(
+        tiny_model_dir,
+        scores,
+        beta=0.2,
+        temperature=temperature,
+        missing_eos_penalty=0.7,
+        reference_model=str(tmp_path / "reference"),
+    )
+    sampled = []
+    sample = module.sample
+    module.sample = lambda *args, **kwargs: sampled.append(sample(*args, **kwargs)) or sampled[-1]  # type: ignore
+    ours = first_gradients(module, [prompt_batch(["a", "b"])])
+
+    (samples,) = sampled
+    losses = []
+    for prompt in range(2):
+        rows = range(4 * prompt, 4 * prompt + 4)
+        log_probs = [temperature_log_prob(model, samples, row, temperature) for row in rows]
+        references = [temperature_log_prob(reference, samples, row, temperature).item() for row in rows]
+        rewards = [
+            scores[row] - 0.7 * (not samples.finished[row]) - 0.2 * (log_prob.item() - ref)
+            for row, log_prob, ref in zip(rows, log_probs, references, strict=True)
+        ]
+        scored = [i for i in range(4) if not math.isnan(rewards[i])]
+        terms = []
+        for i in scored:
+            others = [rewards[j] for j in scored if j != i]
+            terms.append((rewards[i] - sum(others) / len(others)) * log_probs[i])
+        losses.append(-torch.stack(terms).mean())
+    assert_equal(ours, gradients_of(model, torch.stack(losses).mean()))
+
+
+def temperature_log_prob(model: Any, samples: Any, row: int, temperature: float) -> torch.Tensor:
+    attended = samples.tokens.attention_mask[row]
+    ids = samples.tokens.input_ids[row][attended]
+    mask = samples.tokens.completion_mask[row][attended]
+    log_probs = (model(input_ids=ids.unsqueeze(0)).logits[0] / temperature).log_softmax(-1)
+    return torch.stack([log_probs[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]]).sum()
+
+
+def test_a_prompt_without_scores_is_no_part_of_the_mean(tiny_model_dir: Path) -> None:
+    scored = [1.0, 2.0, 3.0, -1.0]
+    both = first_gradients(rloo(tiny_model_dir, scored + [math.nan] * 4), [prompt_batch(["a", "b"])])
+    alone = first_gradients(rloo(tiny_model_dir, scored), [prompt_batch(["a"])])
+    assert set(both) == set(alone)
+    # The prompts draw the same samples only for the first, which is the only one that counts.
+    assert_equal(both, alone)
+
+
+def test_the_second_update_of_a_rollout_uses_the_clipped_ratio_on_the_same_samples(tiny_model_dir: Path) -> None:
+    module = rloo(tiny_model_dir, list(SCORES.values()), updates_per_rollout=3, learning_rate=0.05, warmup_ratio=0.0)
+    rollouts, steps = [], []
+    further = module.further_update
+
+    def watched(rollout: Any) -> torch.Tensor:
+        rollouts.append(rollout)
+        steps.append(module.trainer.global_step)
+        with torch.no_grad():
+            from lightning_modules.forward import completion_logits
+
+            moved = module.completion_log_probs(completion_logits(module.model, rollout.tokens))
+        assert not torch.allclose(moved, rollout.old_log_probs)
+        return further(rollout)
+
+    module.further_update = watched  # type: ignore[method-assign]
+    first_gradients(module, [prompt_batch(["a"])])
+    assert len(rollouts) == 2
+    assert rollouts[0] is rollouts[1]
+    assert len(module.reward.seen) == 4  # type: ignore[attr-defined]  # scored once, for all three updates
+    assert module.trainer.global_step == 1
+
+
+def test_rloo_rewards_see_each_prompt_with_its_own_samples(tiny_model_dir: Path) -> None:
+    module = rloo(tiny_model_dir, list(SCORES.values()))
+    first_gradients(module, [prompt_batch(["first", "second"])])
+    asked = [prompt[0]["content"] for prompt, _ in module.reward.seen]  # type: ignore[attr-defined]
+    assert asked == ["first"] * 4 + ["second"] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_prompt": 1}, "model.samples_per_prompt to be at least 2, got 1"),
+        ({"temperature": 0.0}, "model.temperature must be positive"),
+        ({"beta": -0.1}, "model.beta must not be negative, got -0.1"),
+        ({"learning_rate": 0.0}, "model.learning_rate must be positive, got 0.0"),
+    ],
+)
+def test_options_without_sense_are_refused_before_any_weight_is_loaded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        rloo(Path("outputs/nowhere"), [1.0], **options)
