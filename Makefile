@@ -34,5 +34,5 @@ fmt: $(READY) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## Measure the training paths (benchmarks/README.md)
-	$(BIN)/python benchmarks/training_step.py
+bench: $(READY) ## Measure against other implementations (benchmarks/README.md)
+	$(BIN)/python benchmarks/sampling.py

@@ -29,7 +29,7 @@ options of fit and validate that matter most (any option of a config can stand o
   --ckpt_path last                       resume the run in this folder
   --print_config                         show every option as it would be used, and stop
 
-`python cli.py COMMAND --help` lists all options. An error is one line; --debug anywhere shows where it came from.
+`python cli.py COMMAND --help` says this; `python cli.py fit --help-all` lists every option. An error is one line; --debug anywhere shows where it came from.
 Keys come from the environment alone: NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 """
 
@@ -50,6 +50,11 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     command, *rest = arguments
+    if command in ("fit", "validate"):
+        if "-h" in rest or "--help" in rest:
+            print(HELP)
+            return 0
+        rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     if command not in MODULES:
         print(f"error: no command {command!r}; the commands are {', '.join(MODULES)}", file=sys.stderr)
         return 2

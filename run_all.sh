@@ -57,33 +57,38 @@ evaluate() {
     "$python" cli.py validate --config "$configs/$name.yaml" --model.model_name "$out/$name/final" "$@"
 }
 
-if [ "$out" = outputs/demo ]; then
-  stage material "$out/material" "$out/material/ultrafeedback/data/test_prefs-00000-of-00001.parquet" \
-    "$python" -m demo.material "$out/material"
-  if [ ! -e "$out/report/report.html" ]; then
-    headline "judge: a reward server on loopback that speaks Nemotron's protocol"
-    "$python" cli.py serve-reward --reward demo.judge.judge --port 8399 >"$out/judge.log" 2>&1 &
-    judge=$!
-    trap 'kill "$judge" 2>/dev/null || true' EXIT
-    for _ in $(seq 120); do
-      grep -q serving "$out/judge.log" && break
-      kill -0 "$judge" 2>/dev/null || { cat "$out/judge.log" >&2; exit 1; }
-      sleep 0.5
-    done
-    cat "$out/judge.log"
+main() {
+  if [ "$out" = outputs/demo ]; then
+    stage material "$out/material" "$out/material/ultrafeedback/data/test_prefs-00000-of-00001.parquet" \
+      "$python" -m demo.material "$out/material"
+    if [ ! -e "$out/report/report.html" ]; then
+      headline "judge: a reward server on loopback that speaks Nemotron's protocol"
+      "$python" cli.py serve-reward --reward demo.judge.judge --port 8399 >"$out/judge.log" 2>&1 &
+      judge=$!
+      trap 'kill "$judge" 2>/dev/null || true' EXIT
+      for _ in $(seq 120); do
+        grep -q serving "$out/judge.log" && break
+        kill -0 "$judge" 2>/dev/null || { cat "$out/judge.log" >&2; exit 1; }
+        sleep 0.5
+      done
+      cat "$out/judge.log"
+    fi
+    # What the three are compared with: a model that has seen a part of what SFT sees, as an untuned peer.
+    train reference sft --trainer.default_root_dir "$out/reference" --trainer.max_steps 350 \
+      --evaluation.num_prompts 0 --checkpoint.monitor null
   fi
-  # What the three are compared with: a model that has seen a part of what SFT sees, as an untuned peer.
-  train reference sft --trainer.default_root_dir "$out/reference" --trainer.max_steps 250 --evaluation.num_prompts 0
-fi
 
-train sft sft
-train reward reward
-train dpo dpo
-train rloo rloo
-evaluate sft
-evaluate dpo --model.reference_model "$out/sft/final"
-evaluate rloo --model.reference_model "$out/sft/final"
+  train sft sft
+  train reward reward
+  train dpo dpo
+  train rloo rloo
+  evaluate sft
+  evaluate dpo --model.reference_model "$out/sft/final"
+  evaluate rloo --model.reference_model "$out/sft/final"
 
-headline comparison
-"$python" cli.py compare "$out/sft" "$out/dpo" "$out/rloo" --output "$out/report"
-printf '\nall done in %d s: open %s\n' "$((SECONDS - started))" "$out/report/report.html"
+  headline comparison
+  "$python" cli.py compare "$out/sft" "$out/dpo" "$out/rloo" --output "$out/report"
+  printf '\nall done in %d s: open %s\n' "$((SECONDS - started))" "$out/report/report.html"
+}
+
+main # a function is read whole before it runs, so an edit of this file cannot reach a run under way

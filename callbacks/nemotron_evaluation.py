@@ -128,7 +128,8 @@ class NemotronEvaluation(Callback):
         """Complete, score, and write ``metrics.json`` and ``pairs.jsonl``; the same metrics on every rank."""
         mine = list(range(trainer.global_rank, len(self._prompts), trainer.world_size))
         show = trainer.is_global_zero
-        policy = self._complete(module.model, module.tokenizer, mine, "policy completions", show)
+        with trainer.precision_plugin.forward_context():
+            policy = self._complete(module.model, module.tokenizer, mine, "policy completions", show)
         rewards = self._score(mine, policy, "policy scores", show)
         reference, reference_rewards = self._reference(trainer, module, mine, show)
         rows = [
@@ -205,7 +206,8 @@ class NemotronEvaluation(Callback):
             tokenizer = load_tokenizer(name)
             model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
             model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type]
-            sides = self._complete(model, tokenizer, mine, "reference completions", show)
+            with trainer.precision_plugin.forward_context():
+                sides = self._complete(model, tokenizer, mine, "reference completions", show)
             scores = [math.nan] * len(sides)
             del model
         unscored = [i for i, score in enumerate(scores) if math.isnan(score)]

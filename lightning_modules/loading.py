@@ -131,7 +131,8 @@ class FrozenReference:
 
     def like(self, policy: PreTrainedModel) -> PreTrainedModel:
         """The reference, on the policy's device and in its dtype."""
-        self._model.to(device=policy.device, dtype=policy.dtype)
+        with torch.inference_mode(False):  # in a validation its weights would become inference tensors for good
+            self._model.to(device=policy.device, dtype=policy.dtype)
         reference: PreTrainedModel = self._model
         return reference
 

@@ -1,9 +1,12 @@
 """Fixtures: the real data where it is at hand, and small models made on the spot."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -53,3 +56,56 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven conversations and seven pairs, in the columns and splits of the real datasets."""
+    directory = tmp_path_factory.mktemp("data")
+    for split in ("train", "test", "train_prefs", "test_prefs"):
+        lines = []
+        for i in range(7):
+            prompt = {"role": "user", "content": f"q{i}"}
+            chosen, rejected = ([prompt, {"role": "assistant", "content": text}] for text in ("yes", "no way"))
+            lines.append(json.dumps({"messages": chosen, "chosen": chosen, "rejected": rejected}))
+        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_dir: Path, data: Path) -> Any:
+    """Writes a config of a method on the small data; nested keys change it."""
+
+    def make(method: str, **changes: Any) -> str:
+        options: dict[str, Any] = {"model_name": str(tiny_model_dir)}
+        task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
+        if method == "RLOOModule":
+            options |= {"reward": "lightning_modules.rewards.rules.brevity", "max_completion_length": 5}
+        content: dict[str, Any] = {
+            "trainer": {
+                "default_root_dir": str(tmp_path / "run"),
+                "accelerator": "cpu",
+                "max_epochs": 1,
+                "enable_model_summary": False,
+            },
+            "model": {"class_path": f"lightning_modules.{method}", "init_args": options},
+            "data": {
+                "class_path": "datamodules.UltraFeedbackDataModule",
+                "init_args": {"dataset_name": str(data), "task": task, "batch_size": 4, "max_length": 64},
+            },
+            "evaluation": {
+                "reward": "lightning_modules.rewards.rules.brevity",
+                "dataset_name": str(data),
+                "num_prompts": 4,
+                "max_completion_length": 5,
+            },
+            "checkpoint": {"monitor": "val/score" if method == "RLOOModule" else "val/loss"},
+        }
+        for section, values in changes.items():
+            target = content[section]
+            target.get("init_args", target).update(values)
+        path = tmp_path / f"{method}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return make

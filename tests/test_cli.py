@@ -50,59 +50,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven conversations and seven pairs, in the columns and splits of the real datasets."""
-    directory = tmp_path_factory.mktemp("data")
-    for split in ("train", "test", "train_prefs", "test_prefs"):
-        lines = []
-        for i in range(7):
-            prompt = {"role": "user", "content": f"q{i}"}
-            chosen, rejected = ([prompt, {"role": "assistant", "content": text}] for text in ("yes", "no way"))
-            lines.append(json.dumps({"messages": chosen, "chosen": chosen, "rejected": rejected}))
-        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_model_dir: Path, data: Path) -> Any:
-    """Writes a config of a method on the small data; nested keys change it."""
-
-    def make(method: str, **changes: Any) -> str:
-        options: dict[str, Any] = {"model_name": str(tiny_model_dir)}
-        task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
-        if method == "RLOOModule":
-            options |= {"reward": "lightning_modules.rewards.rules.brevity", "max_completion_length": 5}
-        content: dict[str, Any] = {
-            "trainer": {
-                "default_root_dir": str(tmp_path / "run"),
-                "accelerator": "cpu",
-                "max_epochs": 1,
-                "enable_model_summary": False,
-            },
-            "model": {"class_path": f"lightning_modules.{method}", "init_args": options},
-            "data": {
-                "class_path": "datamodules.UltraFeedbackDataModule",
-                "init_args": {"dataset_name": str(data), "task": task, "batch_size": 4, "max_length": 64},
-            },
-            "evaluation": {
-                "reward": "lightning_modules.rewards.rules.brevity",
-                "dataset_name": str(data),
-                "num_prompts": 4,
-                "max_completion_length": 5,
-            },
-            "checkpoint": {"monitor": "val/score" if method == "RLOOModule" else "val/loss"},
-        }
-        for section, values in changes.items():
-            target = content[section]
-            (target["init_args"] if "init_args" in target else target).update(values)
-        path = tmp_path / f"{method}.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return str(path)
-
-    return make
-
-
 @pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule", "RLOOModule"])
 def test_fit_leaves_the_folder_that_is_promised(method: str, config: Any, tmp_path: Path, cli: Cli) -> None:
     result = cli("fit", "--config", config(method))

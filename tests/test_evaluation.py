@@ -1,4 +1,4 @@
-"""The evaluation's numbers by hand from pairs, and the callback in a real run: files, seeds, failures, the reference."""
+"""The numbers of an evaluation by hand, and the callback in a run: its files, seeds, failures and reference."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from datamodules import SmolTalkDataModule
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
 from lightning_modules import SFTModule
-from lightning_modules.rewards.rules import brevity
 from lightning_modules.rewards.nemotron import NemotronReward
+from lightning_modules.rewards.rules import brevity
 
 PROMPT: list[Message] = [{"role": "user", "content": "q"}]
 

@@ -106,6 +106,13 @@ def test_splitting_an_sft_batch_changes_nothing(tiny_model_dir: Path, split: lis
     assert_equal(parts, whole)
 
 
+def test_gradient_checkpointing_changes_no_gradient(tiny_model_dir: Path) -> None:
+    plain = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0, 1, 2, 3])])
+    module = SFTModule(model_name=str(tiny_model_dir), gradient_checkpointing=True)
+    assert_equal(first_gradients(module, [tokens([0, 1, 2, 3])]), plain)
+    assert module.model.is_gradient_checkpointing
+
+
 def test_a_last_short_accumulation_window_is_weighted_by_what_it_holds(tiny_model_dir: Path) -> None:
     whole = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0, 1])])
     short = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0]), tokens([1])], accumulate=4)

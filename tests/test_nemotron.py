@@ -279,6 +279,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
 def test_nothing_to_score_asks_nothing(server: RewardServer) -> None:
     assert client(server)([], []) == []
     assert server.asked == []
+    assert NemotronReward()([], []) == []  # nor for a key
 
 
 def test_a_prompt_for_each_completion_is_demanded(server: RewardServer) -> None:

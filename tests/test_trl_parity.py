@@ -30,7 +30,7 @@ from lightning_modules.functional.reinforce import (
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the mark below is not in force while tests are collected
-    trl = pytest.importorskip("trl", reason="TRL is in the parity dependency group: uv sync --group parity")
+    trl = pytest.importorskip("trl", reason="TRL is in the parity dependency group: make setup installs it")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

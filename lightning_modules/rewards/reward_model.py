@@ -1,6 +1,7 @@
 """Scores from a local sequence-classification model: the suite's own reward stage, or one from the hub."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +60,8 @@ class ModelReward:
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None:
             tokenizer = load_tokenizer(self.model_name)
-            model = load_reward_model(self.model_name, tokenizer, new_head=False, option=self.option)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._loaded = model.to(device).eval().requires_grad_(False), tokenizer  # type: ignore[arg-type]
+            with torch.inference_mode(False):  # whoever asks first may be in a validation
+                model: Any = load_reward_model(self.model_name, tokenizer, new_head=False, option=self.option)
+                model.to("cuda" if torch.cuda.is_available() else "cpu")
+            self._loaded = model.eval().requires_grad_(False), tokenizer
         return self._loaded

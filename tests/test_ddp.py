@@ -1,0 +1,66 @@
+"""Two processes on the CPU: one set of files, one tracked run, the metrics of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment.pop("NVIDIA_API_KEY", None)
+    return subprocess.run(
+        [sys.executable, "cli.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param("SFTModule", marks=SLOW), pytest.param("RewardModule", marks=SLOW), "DPOModule", "RLOOModule"]
+)
+def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, tmp_path: Path) -> None:
+    overlay = ["--config", "configs/trainer/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    result = launch("fit", "--config", config(method), *overlay)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = tmp_path / "run"
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+    assert (run / "final" / "model.safetensors").is_file()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("val/loss" in line or "val/score" in line for line in logged) == 1
+    if method != "RewardModule":
+        metrics = json.loads((run / "eval" / "epoch=0" / "metrics.json").read_text())
+        pairs = (run / "eval" / "epoch=0" / "pairs.jsonl").read_text().splitlines()
+        assert metrics["prompts"] == len(pairs) == 4
+        assert [json.loads(pair)["prompt"][-1]["content"] for pair in pairs] == ["q0", "q1", "q2", "q3"]
+
+
+@pytest.mark.slow
+def test_validation_on_two_processes_has_no_duplicates(config: Any, tmp_path: Path) -> None:
+    """Seven rows do not divide by two; the losses agree with one process all the same."""
+    losses = []
+    for devices in ("1", "2"):
+        root = tmp_path / devices
+        result = launch(
+            "fit",
+            "--config",
+            config("SFTModule", trainer={"default_root_dir": str(root), "limit_train_batches": 0, "devices": devices}),
+            "--trainer.accelerator",
+            "cpu",
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        losses += [json.loads(line)["val/loss"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

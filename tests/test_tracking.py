@@ -1,0 +1,61 @@
+"""W&B's names and modes: never a question, offline where nobody is logged in."""
+
+from pathlib import Path
+
+import pytest
+
+from callbacks.tracking import WandbTracking, environment_mode, run_name
+
+
+@pytest.fixture(autouse=True)
+def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_without_a_key_runs_are_recorded_offline() -> None:
+    assert environment_mode() == "offline"
+
+
+def test_a_key_in_the_environment_or_from_wandb_login_means_online(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    netrc.chmod(0o600)
+    assert environment_mode() == "online"
+    netrc.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert environment_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert environment_mode() == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "name"),
+    [
+        ("Qwen/Qwen2.5-0.5B", "HuggingFaceTB/smol-smoltalk", "sft-Qwen2.5-0.5B-smol-smoltalk"),
+        ("outputs/sft/final", "data/pairs.parquet", "sft-sft-pairs"),
+    ],
+)
+def test_a_run_is_named_after_method_model_and_dataset(model: str, dataset: str, name: str) -> None:
+    assert run_name("sft", model, dataset) == name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_project_group_and_job_type_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    logger = WandbTracking(
+        save_dir=str(tmp_path / "run"), name="n", job_type="dpo", group="g", tags=["t"], mode="disabled"
+    )
+    assert logger._wandb_init["project"] == "mine"
+    assert {key: logger._wandb_init[key] for key in ("name", "job_type", "group", "tags")} == {
+        "name": "n",
+        "job_type": "dpo",
+        "group": "g",
+        "tags": ["t"],
+    }
+    monkeypatch.delenv("WANDB_PROJECT")
+    default = WandbTracking(save_dir=str(tmp_path / "run"), mode="disabled")
+    assert default._wandb_init["project"] == "cs224r_deeprl_final"
