@@ -25,6 +25,9 @@ demo: $(READY) ## Run the whole pipeline offline on the CPU: train, evaluate, co
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -q
 
+slow: $(READY) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
 check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

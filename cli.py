@@ -29,8 +29,9 @@ options of fit and validate that matter most (any option of a config can stand o
   --ckpt_path last                       resume the run in this folder
   --print_config                         show every option as it would be used, and stop
 
-`python cli.py COMMAND --help` says this; `python cli.py fit --help-all` lists every option. An error is one line; --debug anywhere shows where it came from.
-Keys come from the environment alone: NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
+`python cli.py COMMAND --help` says this; `python cli.py fit --help-all` lists every option.
+An error is one line; --debug anywhere shows where it came from. Keys come from the environment alone:
+NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 """
 
 

@@ -34,7 +34,7 @@ stage() {
   fi
   headline "$name"
   mkdir -p "$folder"
-  if ! "$@" 2>&1 | tee -a "$folder/log.txt"; then
+  if ! "$@" 2>&1 | tee -a "$folder/log.txt" || [ ! -e "$marker" ]; then
     printf '\nstage %s failed; its log is %s\n' "$name" "$folder/log.txt" >&2
     exit 1
   fi
@@ -57,21 +57,31 @@ evaluate() {
     "$python" cli.py validate --config "$configs/$name.yaml" --model.model_name "$out/$name/final" "$@"
 }
 
+# unfinished: whether any of the three still has to be trained or judged
+unfinished() {
+  local name
+  for name in sft dpo rloo; do
+    [ -e "$out/$name/final/config.json" ] && [ -e "$out/$name/eval/final/metrics.json" ] || return 0
+  done
+  return 1
+}
+
 main() {
   if [ "$out" = outputs/demo ]; then
     stage material "$out/material" "$out/material/ultrafeedback/data/test_prefs-00000-of-00001.parquet" \
       "$python" -m demo.material "$out/material"
-    if [ ! -e "$out/report/report.html" ]; then
+    if unfinished; then
       headline "judge: a reward server on loopback that speaks Nemotron's protocol"
       "$python" cli.py serve-reward --reward demo.judge.judge --port 8399 >"$out/judge.log" 2>&1 &
       judge=$!
       trap 'kill "$judge" 2>/dev/null || true' EXIT
-      for _ in $(seq 120); do
-        grep -q serving "$out/judge.log" && break
-        kill -0 "$judge" 2>/dev/null || { cat "$out/judge.log" >&2; exit 1; }
+      for _ in $(seq 240); do
+        curl --silent --fail http://127.0.0.1:8399/health >/dev/null && break
+        kill -0 "$judge" 2>/dev/null || break
         sleep 0.5
       done
       cat "$out/judge.log"
+      curl --silent --fail http://127.0.0.1:8399/health >/dev/null || { echo "the judge does not answer" >&2; exit 1; }
     fi
     # What the three are compared with: a model that has seen a part of what SFT sees, as an untuned peer.
     train reference sft --trainer.default_root_dir "$out/reference" --trainer.max_steps 350 \

@@ -82,7 +82,8 @@ def main() -> None:
     for round_ in range(options.rounds):
         first, second = seconds(ours, options.device), seconds(theirs, options.device)
         ratios.append(second / first)
-        print(f"round {round_ + 1}: ours {tokens / first:7.0f} tokens/s, generate {tokens / second:7.0f}, ratio {ratios[-1]:.2f}")
+        rates = f"ours {tokens / first:7.0f} tokens/s, generate {tokens / second:7.0f}"
+        print(f"round {round_ + 1}: {rates}, ratio {ratios[-1]:.2f}")
     print(f"ratio: median {statistics.median(ratios):.2f}, range {min(ratios):.2f} to {max(ratios):.2f}")
 
 

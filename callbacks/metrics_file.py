@@ -17,11 +17,13 @@ class MetricsFile(Logger):
 
     Args:
         directory: The run's folder.
+        file_name: The metrics' file; ``validate`` has one of its own, as its step is always 0.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, file_name: str = "metrics.jsonl") -> None:
         super().__init__()
         self.directory = Path(directory)
+        self.file_name = file_name
 
     @property
     @override
@@ -46,7 +48,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append("metrics.jsonl", {"step": step, **finite})
+        self._append(self.file_name, {"step": step, **finite})
 
     @rank_zero_only
     def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
-from datamodules.chat import Message, encode_conversation, load_tokenizer, turn_end
+from callbacks.metrics_file import MetricsFile
+from datamodules.chat import Message, encode_conversation, load_tokenizer, stop_token_ids
+from datamodules.errors import ConfigurationError
 from datamodules.prompts import load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.generation import sample_completions
-from lightning_modules.loading import load_causal_lm, load_config
+from lightning_modules.loading import load_causal_lm, load_config, model_identity
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
-from lightning_modules.rewards.base import preflight, reward_name
+from lightning_modules.rewards.base import checked_scores, preflight, reward_identity, reward_name
 
 
 class NemotronEvaluation(Callback):
@@ -98,12 +101,18 @@ class NemotronEvaluation(Callback):
         assert isinstance(pl_module, FineTuningModule)
         if self.reference_model is not None:
             load_config(self.reference_model, option="evaluation.reference_model")
+        elif stage == "validate":
+            raise ConfigurationError("validate compares with evaluation.reference_model, which is not given")
+        if isinstance(self.reward, NemotronReward):
+            self.reward.share_budget(trainer.world_size)
+        data = getattr(trainer, "datamodule", None)
         self._prompts = load_prompts(
             self.dataset_name,
             self.split,
             tokenizer=load_tokenizer(pl_module.model_name),
             count=self.num_prompts,
             max_length=self.max_prompt_length,
+            held_out=True if self.dataset_name == getattr(data, "dataset_name", None) else None,
         )
         preflight(self.reward, self._prompts[0], option="evaluation.reward")
 
@@ -113,14 +122,17 @@ class NemotronEvaluation(Callback):
             return
         fitting = trainer.state.fn == "fit"
         if fitting:
-            closes_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            if not closes_epoch or (trainer.current_epoch + 1) % self.every_n_epochs:
+            left = trainer.num_training_batches - trainer.fit_loop.batch_idx - 1
+            later_check = left >= (trainer.val_check_batch or 1)
+            if later_check or (trainer.current_epoch + 1) % self.every_n_epochs:
                 return
         assert isinstance(pl_module, FineTuningModule)
         folder = f"epoch={trainer.current_epoch}" if fitting else "final"
         directory = Path(trainer.default_root_dir) / "eval" / folder
         metrics = self.evaluate(trainer, pl_module, directory)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        for name in ("win_rate", "reward_improvement"):
+            numbers[f"{name}_low"], numbers[f"{name}_high"] = metrics[f"{name}_ci"]
         for name, value in numbers.items():
             pl_module.log(f"eval/{name}", float(value), rank_zero_only=False, batch_size=1)
 
@@ -161,7 +173,6 @@ class NemotronEvaluation(Callback):
         title: str,
         show: bool,
     ) -> list[Side]:
-        stops = dict.fromkeys([turn_end(tokenizer).token_id, tokenizer.eos_token_id])
         sides: list[Side] = []
         with tqdm(total=len(indices), desc=title, unit="prompt", disable=not show, mininterval=1) as bar:
             for start in range(0, len(indices), self.batch_size):
@@ -173,7 +184,7 @@ class NemotronEvaluation(Callback):
                     model,
                     [torch.tensor(prompt.input_ids) for prompt in encoded],
                     max_completion_length=self.max_completion_length,
-                    stop_token_ids=[int(stop) for stop in stops if stop is not None],
+                    stop_token_ids=stop_token_ids(tokenizer),
                     seeds=[random.Random(f"{self.seed}-{row}").getrandbits(63) for row in rows],
                     temperature=self.temperature,
                     top_p=self.top_p,
@@ -188,7 +199,7 @@ class NemotronEvaluation(Callback):
         with tqdm(total=len(sides), desc=title, unit="score", disable=not show, mininterval=1) as bar:
             if isinstance(self.reward, NemotronReward):
                 self.reward.on_progress = bar.update
-            scores = self.reward(prompts, [side.completion for side in sides])
+            scores = checked_scores(self.reward, prompts, [side.completion for side in sides])
             bar.update(len(sides) - bar.n)
         return scores
 
@@ -216,17 +227,15 @@ class NemotronEvaluation(Callback):
             for i, score in zip(unscored, new, strict=True):
                 scores[i] = score
             kept = {"sides": sides, "scores": [None if math.isnan(score) else score for score in scores]}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+            write_whole(path, json.dumps(kept, ensure_ascii=False))
         return sides, scores
 
     def _key(self, reference: str, indices: Sequence[int]) -> str:
-        weights = sorted(Path(reference).glob("*.safetensors")) if Path(reference).is_dir() else []
         facts = [
-            [reference, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights)],
+            model_identity(reference),
             [self._prompts[index] for index in indices],
             [self.max_completion_length, self.temperature, self.top_p, self.seed],
-            [reward_name(self.reward), getattr(self.reward, "base_url", "")],
+            reward_identity(self.reward),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -236,7 +245,8 @@ class NemotronEvaluation(Callback):
             f"evaluation on {metrics['prompts']} prompts: win rate {shown(metrics['win_rate'])} "
             f"[{shown(low)}, {shown(high)}], {metrics['wins']} wins, {metrics['ties']} ties, "
             f"{metrics['losses']} losses, {metrics['failed']} failed; "
-            f"reward {shown(metrics['average_reward'])} against {shown(metrics['average_reference_reward'])}, length ratio {shown(metrics['length_ratio'])}"
+            f"reward {shown(metrics['average_reward'])} against {shown(metrics['average_reference_reward'])}, "
+            f"length ratio {shown(metrics['length_ratio'])}"
         )
         if not metrics["valid"]:
             reason = getattr(self.reward, "last_error", "") or "the reward source gave no score"
@@ -247,7 +257,7 @@ class NemotronEvaluation(Callback):
         columns = list(Pair.__annotations__)
         rows = [[json.dumps(value) if isinstance(value, list) else value for value in pair] for pair in pairs]
         for logger in trainer.loggers:
-            if hasattr(logger, "log_table") and type(logger).__name__ != "MetricsFile":
+            if hasattr(logger, "log_table") and not isinstance(logger, MetricsFile):
                 logger.log_table("eval/pairs", columns=columns, data=rows)
 
 
@@ -263,11 +273,18 @@ def gathered(mine: dict[int, Pair]) -> list[Pair]:
 
 def write(directory: Path, metrics: dict[str, Any], pairs: Sequence[Pair]) -> None:
     """``metrics.json`` and ``pairs.jsonl``; what has no value is null."""
-    directory.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(pair.record(), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs]
-    (directory / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_whole(directory / "pairs.jsonl", "".join(lines))
     text = json.dumps(without_nan(metrics), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(directory / "metrics.json", text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def without_nan(value: Any) -> Any:

@@ -53,6 +53,7 @@ class WandbTracking(WandbLogger):
             log_model=upload if not offline else False,
             **extra,
         )
+        self._wandb_init.pop("anonymous", None)  # wandb warns of a setting that Lightning hands on unset
         if mode == "offline":
             rank_zero_info(f"W&B records offline; upload with: wandb sync {save_dir}/wandb/latest-run")
 

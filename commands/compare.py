@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from commands.report import render_report
+from commands.report import json_key, render_report
 from datamodules.errors import ConfigurationError
 
 SAME_FOR_ALL = ("reward_source", "reference", "prompts")
@@ -114,6 +114,8 @@ def differences(runs: list[Run]) -> list[str]:
         if len(set(values.values())) > 1:
             told = ", ".join(f"{name}: {value}" for name, value in values.items())
             notes.append(f"the runs differ in {key} ({told}), so their win rates do not compare")
+    if len({frozenset(json_key(pair["prompt"]) for pair in run.pairs) for run in evaluated}) > 1:
+        notes.append("the runs were evaluated on different prompts, so their win rates do not compare")
     notes += [
         f"the evaluation of {run.name} is not valid: {run.headline['failed']} of {run.headline['prompts']} pairs failed"
         for run in evaluated

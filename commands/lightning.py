@@ -17,6 +17,7 @@ from callbacks.line_progress import LineProgress
 from callbacks.metrics_file import MetricsFile
 from callbacks.tracking import WandbTracking, run_name
 from datamodules.base import ChatDataModule
+from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 
 
@@ -71,6 +72,8 @@ class SuiteCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if config.ckpt_path not in (None, "last", "best") and not Path(config.ckpt_path).exists():
+            raise ConfigurationError(f"--ckpt_path {config.ckpt_path} does not exist; name a checkpoint, or last")
         root = config.trainer.default_root_dir or "outputs/run"
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
@@ -83,10 +86,14 @@ class SuiteCLI(LightningCLI):
         if config.trainer.logger is None or config.trainer.logger is True:
             name = run_name(self.model.method, self.model.model_name, self.datamodule.dataset_name)
             wandb = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
-            kwargs["logger"] = [MetricsFile(root), wandb]
-        if not sys.stdout.isatty():
+            file_name = "metrics.jsonl" if self.subcommand == "fit" else "validation.jsonl"
+            kwargs["logger"] = [MetricsFile(root, file_name), wandb]
+        if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [LineProgress()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:  # an unknown strategy, precision or device
+            raise ConfigurationError(f"{error}; change the trainer's options") from error
 
     def before_fit(self) -> None:
         self.model.check_options(self.datamodule)

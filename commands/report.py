@@ -53,7 +53,8 @@ CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 def win_rate_chart(runs: "list[Run]") -> go.Figure:
-    """Win rates with their intervals."""
+    """Win rates with their intervals, of the runs that have one."""
+    runs = [run for run in runs if run.headline["win_rate"] is not None]
     rates = [100 * run.headline["win_rate"] for run in runs]
     bounds = [run.headline["win_rate_ci"] for run in runs]
     errors = {

@@ -27,7 +27,9 @@ def serve_reward(
     except ImportError as error:
         raise ConfigurationError(f"serve-reward needs the serve extra ({error}): pip install '.[serve]'") from error
     if model is not None and reward is None:
-        serve(ModelReward(model, option="--model"), host=host, port=port)
+        reward_model = ModelReward(model, option="--model")
+        reward_model.load()
+        serve(reward_model, host=host, port=port)
     elif reward is not None and model is None:
         serve(reward, host=host, port=port)
     else:

@@ -86,7 +86,8 @@ class ChatDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Tokenise on one process first; the others then read its cache."""
-        self.setup("fit")
+        validates = self.trainer is not None and self.trainer.state.fn == "validate"
+        self.setup("validate" if validates else "fit")
 
     @override
     def setup(self, stage: str) -> None:

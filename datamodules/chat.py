@@ -159,6 +159,12 @@ def encode_conversation(
     return Encoded(ids, mask)
 
 
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the template's end of turn, and the tokenizer's end of text."""
+    ids = dict.fromkeys([turn_end(tokenizer).token_id, tokenizer.eos_token_id])
+    return [int(token_id) for token_id in ids if token_id is not None]
+
+
 def tail_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that the template writes after the end-of-turn token; ChatML's line break."""
     tail = turn_end(tokenizer).tail

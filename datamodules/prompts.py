@@ -27,14 +27,22 @@ def read_prompt(row: Mapping[str, Any]) -> list[Message] | None:
 
 
 def load_prompts(
-    dataset_name: str, split: str, *, tokenizer: PreTrainedTokenizerBase, count: int, max_length: int
+    dataset_name: str,
+    split: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_length: int,
+    held_out: bool | None = None,
 ) -> list[list[Message]]:
     """The first ``count`` distinct prompts of a split that have at most ``max_length`` tokens.
+
+    Of a single file all rows are taken, or with ``held_out`` the ones that training leaves out.
 
     Raises:
         ConfigurationError: If the dataset has no prompts, or none that short.
     """
-    rows = load_rows(dataset_name, split, columns=(), held_out=None, option=OPTION)
+    rows = load_rows(dataset_name, split, columns=(), held_out=held_out, option=OPTION)
     if not {"chosen", "messages", "prompt"} & set(rows.column_names):
         raise ConfigurationError(
             f"{dataset_name} has no chosen, messages or prompt among its columns {rows.column_names}; change {OPTION}"

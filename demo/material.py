@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from demo.tasks import Exercise, draw_exercise, wrong_answer
 
 EXERCISES = 14_000
-PAIRS = 5_000
+PAIRS = 6_000
 HELD_OUT = 400
 TWO_TURN_SHARE = 0.15
 MISTAKEN_SHARE = 0.3

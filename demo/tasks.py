@@ -67,10 +67,10 @@ KINDS = (
         _pick,
     ),
     Kind(
-        "add",
-        ("What is {left} plus {right}?", "Add {left} and {right}.", "How much is {left} + {right}?"),
-        lambda rng: {"left": str(rng.randint(0, 9)), "right": str(rng.randint(0, 9))},
-        lambda fields: str(int(fields["left"]) + int(fields["right"])),
+        "after",
+        ("Which number comes after {number}?", "Count on from {number}.", "What is one more than {number}?"),
+        lambda rng: {"number": str(rng.randint(0, 98))},
+        lambda fields: str(int(fields["number"]) + 1),
     ),
     Kind(
         "reverse",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, get_scheduler
 from typing_extensions import override
 
 from datamodules.base import Task
-from datamodules.chat import load_tokenizer, turn_end
+from datamodules.chat import load_tokenizer, stop_token_ids
 from datamodules.errors import ConfigurationError
 from lightning_modules.loading import load_causal_lm, load_config
 
@@ -100,7 +100,7 @@ class FineTuningModule(LightningModule):
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         if self.compile_model:
-            self.model.compile()
+            self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
@@ -113,8 +113,7 @@ class FineTuningModule(LightningModule):
 
     def stop_token_ids(self) -> list[int]:
         """The tokens that end a completion: the template's end of turn, and the model's end of text."""
-        ids = [turn_end(self.tokenizer).token_id, self.tokenizer.eos_token_id]
-        return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+        return stop_token_ids(self.tokenizer)
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -123,7 +122,8 @@ class FineTuningModule(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        fused = all(parameter.device.type in ("cuda", "cpu") for parameter in trained)
+        # A fused step under a gradient scaler unscales by itself, after clipping would have been due.
+        fused = all(p.device.type in ("cuda", "cpu") for p in trained) and self._gradient_scaler() is None
         optimizer = AdamW(groups, lr=self.learning_rate, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(
@@ -156,6 +156,23 @@ class FineTuningModule(LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad))
         self._step_count = torch.zeros((), device=self.device)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if gradient_clip_val and by_norm and self._gradient_scaler() is None:
+            # Lightning refuses this for a fused optimiser under bf16-mixed, where nothing needs unscaling.
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _gradient_scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     @property
     def is_first_step(self) -> bool:

@@ -76,5 +76,7 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, 
     ).last_hidden_state
     width = batch.attention_mask.shape[1]
     last = width - 1 - batch.attention_mask.long().flip(-1).argmax(-1)
-    scores: Tensor = head(hidden[torch.arange(len(last), device=last.device), last])
+    pooled = hidden[torch.arange(len(last), device=last.device), last]
+    with torch.autocast(pooled.device.type, enabled=False):  # bfloat16 would round scores near 10 to steps of 0.06
+        scores: Tensor = head(pooled.to(head.weight.dtype))
     return scores[:, 0].float()

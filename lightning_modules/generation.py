@@ -29,6 +29,7 @@ class Samples(NamedTuple):
         return [str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a cache and a mask that grow by a token would be compiled again at each
 @torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,

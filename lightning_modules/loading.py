@@ -33,6 +33,12 @@ def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
         raise ConfigurationError(f"no model {model_name!r} ({first_line}); change {option}") from error
 
 
+def model_identity(model_name: str) -> list[Any]:
+    """What tells a model from another of the same name: its weight files' names, sizes and times."""
+    files = sorted(Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else []
+    return [model_name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
 def load_causal_lm(
     model_name: str, tokenizer: PreTrainedTokenizerBase, *, option: str = "model.model_name"
 ) -> PreTrainedModel:
@@ -65,8 +71,6 @@ def load_reward_model(
     model = _from_pretrained(
         AutoModelForSequenceClassification, model_name, option=option, new_head=new_head, num_labels=1
     )
-    if model.config.num_labels != 1:
-        raise ConfigurationError(f"{model_name} has {model.config.num_labels} labels, a reward has 1; change {option}")
     model.config.pad_token_id = tokenizer.pad_token_id
     resize_embeddings(model, tokenizer)
     return model
@@ -76,9 +80,10 @@ def _from_pretrained(
     model_class: Any, model_name: str, *, option: str, new_head: bool, **settings: Any
 ) -> PreTrainedModel:
     try:
-        model, loading = model_class.from_pretrained(
-            model_name, dtype=torch.float32, output_loading_info=True, **settings
-        )
+        with torch.device("cpu"):  # Lightning's default device would reach transformers as a device map
+            model, loading = model_class.from_pretrained(
+                model_name, dtype=torch.float32, output_loading_info=True, **settings
+            )
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"cannot load the model {model_name!r} ({first_line}); change {option}") from error

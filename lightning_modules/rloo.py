@@ -29,7 +29,7 @@ from lightning_modules.functional.reinforce import (
 from lightning_modules.generation import Samples, sample_completions
 from lightning_modules.loading import load_reference, without_dropout
 from lightning_modules.rewards import Reward, resolve_reward
-from lightning_modules.rewards.base import preflight
+from lightning_modules.rewards.base import checked_scores, preflight
 
 ROWS_LOGGED = 8
 
@@ -103,8 +103,8 @@ class RLOOModule(FineTuningModule):
         self._rollouts: list[Rollout] = []  # of this optimiser step, where it has more than one update
 
     @override
-    def check_options(self, data: LightningDataModule | None) -> None:
-        super().check_options(data)
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
         preflight(self.reward, [{"role": "user", "content": "Hello"}], option="model.reward")
 
     @override
@@ -185,7 +185,7 @@ class RLOOModule(FineTuningModule):
         words = (os.environ.get("PL_GLOBAL_SEED", "0"), *seed_words, self.global_rank)
         random_seeds = random.Random("-".join(map(str, words)))
         prompts = [prompt for prompt in batch.prompt_ids for _ in range(count)]
-        return sample_completions(
+        samples: Samples = sample_completions(
             self.model,
             prompts,
             max_completion_length=self.max_completion_length,
@@ -193,12 +193,13 @@ class RLOOModule(FineTuningModule):
             seeds=[random_seeds.getrandbits(63) for _ in prompts],
             temperature=self.temperature,
         )
+        return samples
 
     def score(self, batch: PromptBatch, samples: Samples) -> Float[Tensor, "prompt sample"]:
         """What the reward source says of each sample; NaN where it says nothing."""
         texts = samples.texts(self.tokenizer)
         count = len(texts) // len(batch.prompts)
-        scores = self.reward([prompt for prompt in batch.prompts for _ in range(count)], texts)
+        scores = checked_scores(self.reward, [prompt for prompt in batch.prompts for _ in range(count)], texts)
         return torch.tensor(scores, dtype=torch.float32, device=self.device).view(-1, count)
 
     def penalised(self, scores: Float[Tensor, "prompt sample"], samples: Samples) -> Float[Tensor, "prompt sample"]:
@@ -275,7 +276,9 @@ class RLOOModule(FineTuningModule):
             "unscored": scores.isnan().float().mean(),
         }
         self.log_step(metrics, batch_size=len(lengths))
-        if self.trainer.global_step % self.log_completions_every == 0 and self.trainer.is_global_zero:
+        first_of_step = self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
+        due = self.trainer.global_step % self.log_completions_every == 0 and first_of_step
+        if due and self.trainer.is_global_zero:
             self._log_completions(batch, samples, scores)
 
     def _log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:

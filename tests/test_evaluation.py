@@ -135,7 +135,8 @@ def test_a_policy_against_itself_ties_everywhere_and_twice_alike(
 ) -> None:
     completions = []
     for name in ("one", "two"):
-        run(data, tiny_model_dir, evaluation(data, brevity), root=tmp_path / name, fit=False)
+        against_itself = evaluation(data, brevity, reference_model=str(tiny_model_dir))
+        run(data, tiny_model_dir, against_itself, root=tmp_path / name, fit=False)
         metrics, pairs = read(tmp_path / name / "eval" / "final")
         assert (metrics["ties"], metrics["win_rate"], metrics["reward_improvement"]) == (5, 0.5, 0.0)
         completions.append([p["completion"] for p in pairs])
@@ -149,7 +150,8 @@ def test_missing_scores_are_counted_and_mark_the_evaluation_invalid(
     def only_q1(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
         return [2.0 if prompt[-1]["content"] == "q1" else math.nan for prompt in prompts]
 
-    run(data, tiny_model_dir, evaluation(data, only_q1), root=tmp_path / "run", fit=False)
+    against_itself = evaluation(data, only_q1, reference_model=str(tiny_model_dir))
+    run(data, tiny_model_dir, against_itself, root=tmp_path / "run", fit=False)
     metrics, pairs = read(tmp_path / "run" / "eval" / "final")
     assert (metrics["failed"], metrics["ties"], metrics["average_reward"]) == (4, 1, 2.0)
     assert metrics["valid"] is False

@@ -25,7 +25,12 @@ MASKS = [[False, False, True, True, False, True], [False, True, True], [False] *
 
 
 def first_gradients(
-    module: LightningModule, batches: Sequence[Any], *, accumulate: int = 1, clip: float | None = None
+    module: LightningModule,
+    batches: Sequence[Any],
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: Any = None,
 ) -> dict[str, torch.Tensor]:
     """The gradients that the optimiser's first step takes, by parameter name."""
     seen: dict[str, torch.Tensor] = {}
@@ -43,6 +48,7 @@ def first_gradients(
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -124,6 +130,14 @@ def test_clipping_sees_the_mean_gradient(tiny_model_dir: Path) -> None:
     ours = first_gradients(module, [tokens([0, 1]), tokens([2, 3])], accumulate=2, clip=0.01)
     norm = torch.stack([gradient.norm() for gradient in ours.values()]).norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bfloat16_autocast_trains_with_clipping(tiny_model_dir: Path) -> None:
+    """Every shipped config combines the two; Lightning alone refuses that for a fused optimiser."""
+    exact = first_gradients(SFTModule(model_name=str(tiny_model_dir)), [tokens([0, 1, 2, 3])], clip=0.01)
+    module = SFTModule(model_name=str(tiny_model_dir))
+    rounded = first_gradients(module, [tokens([0, 1, 2, 3])], clip=0.01, precision="bf16-mixed")
+    assert_equal(rounded, exact, tolerance=1e-3)
 
 
 def dpo(directory: Path, **options: Any) -> DPOModule:
@@ -291,6 +305,16 @@ def test_the_second_update_of_a_rollout_uses_the_clipped_ratio_on_the_same_sampl
     assert rollouts[0] is rollouts[1]
     assert len(module.reward.seen) == 4  # type: ignore[attr-defined]  # scored once, for all three updates
     assert module.trainer.global_step == 1
+
+
+def test_an_infinite_score_is_no_score_and_a_wrong_number_of_scores_is_refused(tiny_model_dir: Path) -> None:
+    with_inf = first_gradients(rloo(tiny_model_dir, [1.0, math.inf, 3.0, -1.0]), [prompt_batch(["a"])])
+    with_nan = first_gradients(rloo(tiny_model_dir, [1.0, math.nan, 3.0, -1.0]), [prompt_batch(["a"])])
+    assert_equal(with_inf, with_nan)
+    module = rloo(tiny_model_dir, [1.0])
+    module.reward = lambda prompts, completions: [1.0]
+    with pytest.raises(ConfigurationError, match="must return 4 scores, got 1"):
+        first_gradients(module, [prompt_batch(["a"])])
 
 
 def test_rloo_rewards_see_each_prompt_with_its_own_samples(tiny_model_dir: Path) -> None:

@@ -5,11 +5,13 @@ import json
 import math
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.request import getproxies_environment
 
@@ -660,23 +662,28 @@ def test_requests_keep_to_the_limit_in_real_time_over_all_threads(server: Reward
     assert 0.55 <= time.monotonic() - start < 5.0
 
 
-def test_threads_share_one_limiter() -> None:
-    limiter = RateLimiter(1200)
-    times: list[float] = []
+def test_no_two_threads_get_the_same_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time stands still and threads are switched as often as can be, so a turn given twice shows."""
+    waits: list[float] = []
+    standing = SimpleNamespace(monotonic=lambda: 1000.0, sleep=waits.append)
+    monkeypatch.setattr(nemotron, "time", standing)
+    limiter = RateLimiter(60)
 
     def work() -> None:
-        for _ in range(3):
+        for _ in range(2000):
             limiter.wait()
-            times.append(time.monotonic())
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    start = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(times) == 12
-    assert begins_no_earlier_than_the_limit_allows(times, start, 0.05)
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert sorted(waits) == [float(turn) for turn in range(16_000)]
 
 
 def test_the_limiter_spaces_calls_evenly_and_saves_nothing_up(clock: Clock) -> None:

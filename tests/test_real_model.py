@@ -60,7 +60,13 @@ def test_rloo_raises_a_rule_reward_clearly_within_a_few_dozen_steps(
             "max_completion_length": 24,
             "beta": 0.01,
         },
-        trainer={"max_steps": 40, "max_epochs": -1, "log_every_n_steps": 1, "limit_val_batches": 0, "gradient_clip_val": 1.0},
+        trainer={
+            "max_steps": 40,
+            "max_epochs": -1,
+            "log_every_n_steps": 1,
+            "limit_val_batches": 0,
+            "gradient_clip_val": 1.0,
+        },
         evaluation={"num_prompts": 0},
     )
     fit(monkeypatch, made)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
-    k3_kl,
     kl_penalised_rewards,
     leave_one_out_advantages,
     policy_gradient_loss,
@@ -93,13 +92,6 @@ def test_clipping_stops_only_what_goes_too_far(ratio: float, advantage: float, s
     clipped_policy_gradient_loss(log_probs, torch.zeros(1, 2), advantages, clip_range=0.2).sum().backward()
     assert log_probs.grad is not None
     assert log_probs.grad[0, 0].item() == pytest.approx(slope)
-
-
-def test_k3_is_never_negative_and_its_mean_is_the_kl() -> None:
-    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
-    estimates = k3_kl((policy / reference).log())
-    assert (estimates >= 0).all()
-    assert (policy * estimates).sum().item() == pytest.approx((policy * (policy / reference).log()).sum().item())
 
 
 def test_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:

@@ -252,9 +252,9 @@ def test_a_language_model_without_a_head_is_no_reward_model(tiny_model_dir: Path
         ("Reverse these words: cloud river.", "", -20.0),
         ("Reverse these words: apple stone cloud.", "cloud stone", -20.0 + 25.0 * (4 / 5 + 22 / 28) / 2),
         ("Reverse these words: cloud river.", "cloud river", -20.0 + 25.0 * (2 / 4 + 10 / 22) / 2),
-        ("What is 3 plus 4?", "7", 5.0),
-        ("What is 3 plus 4?", "8", -20.0),
-        ("Add 6 and 4.", "1", -20.0 + 25.0 * (0 / 2 + 2 / 3) / 2),
+        ("How many words are here: apple river?", "2", 5.0),
+        ("How many words are here: apple river?", "3", -20.0),
+        ("Which number comes after 9?", "1", -20.0 + 25.0 * (0 / 2 + 2 / 3) / 2),
         ("Who was Ada Lovelace?", "7", math.nan),
     ],
 )
@@ -265,8 +265,8 @@ def test_the_judge_by_hand(prompt: str, completion: str, score: float) -> None:
 
 
 def test_the_judge_reads_the_last_turn() -> None:
-    prompt = [{"role": "user", "content": "What is 3 plus 4?"}, {"role": "assistant", "content": "7"}]
-    assert judge([[*prompt, {"role": "user", "content": "Add 1 and 1."}]], ["2"]) == [BEST]
+    prompt = [{"role": "user", "content": "Count the words: apple."}, {"role": "assistant", "content": "1"}]
+    assert judge([[*prompt, {"role": "user", "content": "Count the words: apple river."}]], ["2"]) == [BEST]
 
 
 def test_every_exercise_can_be_answered_from_its_text_alone() -> None:
@@ -288,18 +288,21 @@ def test_every_wording_of_a_kind_leads_to_the_answer_of_its_fields(kind: Kind) -
 @pytest.mark.parametrize(
     ("prompt", "answer"),
     [
+        ("Say tiger two times.", "tiger tiger"),
         ("Repeat the word tiger three times.", "tiger tiger tiger"),
+        ("Write tiger, four times in a row.", "tiger tiger tiger tiger"),
+        ("Say tiger five times.", "tiger tiger tiger tiger tiger"),
         ("Count the words: apple river stone cloud.", "4"),
         ("Not early but what, piano?", "late"),
         ("piano, give the opposite of late.", "early"),
         ("Which word is first: apple river stone?", "apple"),
-        ("Of apple river stone, which one is last?", "stone"),
-        ("How much is 9 + 8?", "17"),
+        ("Of apple river stone cloud, which one is last?", "cloud"),
+        ("Count on from 9.", "10"),
         ("Write backwards: apple river stone.", "stone river apple"),
         ("Write tiger, nine times in a row.", None),
         ("What is the opposite of purple, piano?", None),
         ("Which word is hundredth: apple river stone?", None),
-        ("What is three plus 4?", None),
+        ("What is one more than nine?", None),
         ("Count the words: apple. Thanks!", None),
         ("", None),
     ],

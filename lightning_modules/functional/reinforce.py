@@ -81,22 +81,10 @@ def clipped_policy_gradient_loss(
     References:
         Schulman et al. 2017, eq. 7, https://arxiv.org/abs/1707.06347
     """
-    ratios = (log_probs - old_log_probs.detach()).exp()
+    ratios = (log_probs - old_log_probs.detach()).clamp(-20, 20).exp()  # infinity times an advantage of 0 is NaN
     clipped = ratios.clamp(1 - clip_range, 1 + clip_range)
     constant = _or_zero(advantages)
     return _mean_over_scored(-torch.minimum(ratios * constant, clipped * constant), advantages)
-
-
-def k3_kl(log_ratios: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """The low-variance, never negative k3 estimate of KL(pi || pi_ref) from samples of pi, in nats.
-
-    Args:
-        log_ratios: log pi - log pi_ref of the sampled tokens.
-
-    References:
-        Schulman 2020, http://joschu.net/blog/kl-approx.html
-    """
-    return torch.expm1(-log_ratios) + log_ratios
 
 
 def _or_zero(advantages: Float[Tensor, "prompt sample"]) -> Float[Tensor, "prompt sample"]:

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
+from lightning_modules.loading import model_identity
 from lightning_modules.rewards.reward_model import ModelReward
 
 
@@ -77,13 +78,40 @@ def reward_name(reward: Reward) -> str:
     return getattr(reward, "__qualname__", None) or type(reward).__qualname__
 
 
+def reward_identity(reward: Reward) -> list[Any]:
+    """What tells a source from another: its name, its options, and its parts' and its weights' identity."""
+    attributes: dict[str, Any] = dict(getattr(reward, "__dict__", {}))
+    parts = [reward_identity(part) for part in attributes.pop("rewards", [])]
+    options = {
+        name: value
+        for name, value in attributes.items()
+        if name != "last_error" and not name.startswith("_") and isinstance(value, (str, int, float, list))
+    }
+    weights = model_identity(reward.model_name) if isinstance(reward, ModelReward) else []
+    return [reward_name(reward), options, parts, weights]
+
+
+def checked_scores(reward: Reward, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+    """The scores, with NaN for whatever is no finite number.
+
+    Raises:
+        ConfigurationError: If the source returns another number of scores than it was given completions.
+    """
+    scores = reward(prompts, completions)
+    if len(scores) != len(completions):
+        raise ConfigurationError(
+            f"the reward {reward_name(reward)} must return {len(completions)} scores, got {len(scores)}"
+        )
+    return [float(score) if score is not None and math.isfinite(score) else math.nan for score in scores]
+
+
 def preflight(reward: Reward, prompt: Sequence[Message], *, option: str) -> None:
     """Ask for one score before expensive work starts.
 
     Raises:
         ConfigurationError: If the source says why it gives none: a server that is down, a key that is refused.
     """
-    score = reward([prompt], ["I am not sure."])[0]
+    score = checked_scores(reward, [prompt], ["I am not sure."])[0]
     reason = getattr(reward, "last_error", "")
     if math.isnan(score) and reason:
         raise ConfigurationError(f"the reward source {reward_name(reward)} does not answer: {reason}; change {option}")

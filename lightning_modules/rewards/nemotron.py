@@ -1,6 +1,8 @@
 """NVIDIA's Nemotron reward model over HTTP: the hosted API, or any server that speaks its protocol."""
 
 import email.utils
+import ipaddress
+import json
 import math
 import os
 import random
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -20,21 +23,22 @@ ATTRIBUTE_WEIGHTS = {"helpfulness": 0.3, "correctness": 0.74, "coherence": 0.46,
 """How the 340B model's five attributes make one score (its model card)."""
 RETRIED = {408, 429, 500, 502, 503, 504}
 LONGEST_RETRY_AFTER_S = 60.0
+LARGEST_REPLY = 65_536
 
 
 class NemotronReward:
     """Asks a Nemotron reward model for the quality of the last assistant turn; a reply without a score is NaN.
 
-    The key comes from the environment variable ``NVIDIA_API_KEY`` alone.
+    The key comes from the environment variable ``NVIDIA_API_KEY`` alone, and goes over TLS or to this machine only.
 
     Args:
         model: The model's name on the server.
         base_url: The API up to and without ``/chat/completions``.
         requests_per_minute: Budget of this process; NVIDIA's trial tier allows about 40. 0 for no limit.
         parallel_requests: Most requests under way at once.
-        timeout_s: For one request to connect, and between two bytes of its reply.
+        timeout_s: For a request to be answered, and again for its reply to be complete.
         max_attempts: Tries per completion, the first included.
-        deadline_s: Longest time for one completion, its retries and their waits included.
+        deadline_s: After so long no further attempt at a completion is begun.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class NemotronReward:
         """Why the last completion without a score has none, in one line and without the key."""
         self.on_progress: Callable[[], object] = lambda: None
         """Called after each completion, from a worker thread."""
+        self._requests_per_minute = requests_per_minute
         self._limiter = RateLimiter(requests_per_minute)
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
@@ -77,6 +82,10 @@ class NemotronReward:
             ]
             return list(pool.map(lambda messages: self._score(session, messages), conversations))
 
+    def share_budget(self, processes: int) -> None:
+        """Take an equal part of the requests per minute, where several processes ask the same API."""
+        self._limiter = RateLimiter(self._requests_per_minute / processes)
+
     def _session(self) -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # a netrc entry would replace the Authorization header
@@ -85,9 +94,9 @@ class NemotronReward:
         session.mount("https://", adapter)
         session.mount("http://", adapter)
         key = os.environ.get("NVIDIA_API_KEY", "").strip()
-        if key:
-            if not key.isprintable() or " " in key:
-                raise ConfigurationError("NVIDIA_API_KEY holds a space or a line break; set it again")
+        if key and keeps_a_secret(self.base_url):
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise ConfigurationError("NVIDIA_API_KEY holds a space or a letter that no key has; set it again")
             session.headers["Authorization"] = f"Bearer {key}"
         elif self.base_url == HOSTED_URL:
             raise ConfigurationError(
@@ -105,11 +114,10 @@ class NemotronReward:
                 reason, wait_s = self._attempt(session, messages)
                 if isinstance(reason, float):
                     return reason
-                self.last_error = reason
-                if wait_s is None:
-                    break
-                wait_s = max(wait_s, random.uniform(0.5, 1.0) * min(2.0**attempt, 30.0))
-                if attempt + 1 == self.max_attempts or time.monotonic() + wait_s > give_up_at:
+                if wait_s is not None:
+                    wait_s = max(wait_s, random.uniform(0.5, 1.0) * min(2.0**attempt, 30.0))
+                if wait_s is None or attempt + 1 == self.max_attempts or time.monotonic() + wait_s > give_up_at:
+                    self.last_error = reason
                     break
                 time.sleep(wait_s)
             return math.nan
@@ -119,12 +127,14 @@ class NemotronReward:
     def _attempt(self, session: requests.Session, messages: list[Message]) -> tuple[float | str, float | None]:
         """A score; or a reason and the least wait before another attempt, None where none would help."""
         try:
-            response = session.post(
+            with session.post(
                 f"{self.base_url}/chat/completions",
                 json={"model": self.model, "messages": messages},
                 timeout=self.timeout_s,
                 allow_redirects=False,
-            )
+                stream=True,
+            ) as response:
+                body = read_within(response, self.timeout_s)
         except requests.RequestException as error:
             return f"{self.base_url} cannot be reached ({type(error).__name__})", 0.0
         if response.status_code in RETRIED:
@@ -132,8 +142,8 @@ class NemotronReward:
         if response.status_code != 200:
             return f"{self.base_url} answers {explained(response.status_code, self.model)}", None
         try:
-            score = parse_score(response.json())
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            score = parse_score(json.loads(body))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
             return f"{self.base_url} sends a reply without a score", 0.0
         return score, None
 
@@ -145,7 +155,7 @@ class RateLimiter:
         per_minute: The limit; 0 for none.
     """
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: float) -> None:
         if per_minute < 0:
             raise ConfigurationError(f"the reward's requests_per_minute must not be negative, got {per_minute}")
         self._interval_s = 60.0 / per_minute if per_minute else 0.0
@@ -161,6 +171,32 @@ class RateLimiter:
         time.sleep(max(0.0, start - now))
 
 
+def keeps_a_secret(url: str) -> bool:
+    """Whether a key may be sent there: over TLS, or without leaving this machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False
+
+
+def read_within(response: requests.Response, seconds: float) -> bytes:
+    """The body, byte by byte, so that a server that trickles it is noticed.
+
+    Raises:
+        requests.Timeout: If it takes longer, or is larger than any reply.
+    """
+    give_up_at = time.monotonic() + seconds
+    body = bytearray()
+    for byte in response.iter_content(1):
+        body += byte
+        if time.monotonic() > give_up_at or len(body) > LARGEST_REPLY:
+            raise requests.Timeout
+    return bytes(body)
+
+
 def folded_system(prompt: Sequence[Message]) -> list[Message]:
     """The prompt with a system turn put before the first user turn's text: the API documents no system role."""
     if not prompt or prompt[0]["role"] != "system":
@@ -173,13 +209,14 @@ def parse_score(reply: Any) -> float:
     """The score in a reply, of the 70B model (``reward:-12.5``) or of the 340B model (five attributes).
 
     Raises:
-        ValueError, KeyError, IndexError, TypeError, AttributeError: If there is no finite score in it.
+        ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError: If there is no finite score in it.
     """
     choice = reply["choices"][0]
     message = choice["message"]
     content = (message[0] if isinstance(message, list) else message).get("content")
     if content:
-        values = dict(_named_number(part) for part in content.split(","))
+        named = content if ":" in content else f"reward:{content}"
+        values = dict(_named_number(part) for part in named.split(","))
     else:
         values = {token["token"]: float(token["logprob"]) for token in choice["logprobs"]["content"]}
     if set(values) == set(ATTRIBUTE_WEIGHTS):
@@ -194,8 +231,8 @@ def parse_score(reply: Any) -> float:
 
 
 def _named_number(text: str) -> tuple[str, float]:
-    name, separator, number = text.partition(":")
-    return (name.strip() if separator else "reward"), float(number if separator else name)
+    name, _, number = text.partition(":")
+    return name.strip(), float(number)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float:
@@ -206,7 +243,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             seconds = 0.0
     return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else 0.0
 

@@ -35,16 +35,15 @@ class ModelReward:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
-        model, tokenizer = self._load()
+        model, tokenizer = self.load()
+        limit = min(self.max_length, getattr(model.config, "max_position_embeddings", None) or self.max_length)
         tail = tail_ids(tokenizer)
         encoded = [
             [*encode_conversation(tokenizer, [*prompt, {"role": "assistant", "content": text}]).input_ids, *tail]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
         scores = [float("nan")] * len(encoded)
-        fitting = sorted(
-            (i for i, ids in enumerate(encoded) if len(ids) <= self.max_length), key=lambda i: len(encoded[i])
-        )
+        fitting = sorted((i for i, ids in enumerate(encoded) if len(ids) <= limit), key=lambda i: len(encoded[i]))
         for start in range(0, len(fitting), self.batch_size):
             rows = fitting[start : start + self.batch_size]
             batch = pad(
@@ -53,11 +52,14 @@ class ModelReward:
                 pad_token_id=int(tokenizer.pad_token_id),
             )
             batch = type(batch)(*(tensor.to(model.device) for tensor in batch))
-            for row, score in zip(rows, sequence_scores(model, batch).tolist(), strict=True):
+            with torch.autocast(model.device.type, enabled=False):  # the same score within training and without
+                batch_scores = sequence_scores(model, batch).tolist()
+            for row, score in zip(rows, batch_scores, strict=True):
                 scores[row] = score
         return scores
 
-    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, on this process's device, and its tokenizer."""
         if self._loaded is None:
             tokenizer = load_tokenizer(self.model_name)
             with torch.inference_mode(False):  # whoever asks first may be in a validation

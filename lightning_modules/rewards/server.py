@@ -53,7 +53,7 @@ def create_app(reward: Reward) -> FastAPI:
             score = reward([messages[:-1]], [messages[-1]["content"]])[0]
         if not math.isfinite(score):
             raise HTTPException(422, "the reward model gives this conversation no score")
-        message = {"role": "assistant", "content": f"reward:{score!r}"}
+        message = {"role": "assistant", "content": f"reward:{float(score)!r}"}
         return {
             "id": uuid.uuid4().hex,
             "object": "chat.completion",
