@@ -16,7 +16,8 @@ CURVES = (
     ("train/loss", "Training loss", "loss"),
     ("val/loss", "Validation loss", "loss"),
     ("val/token_accuracy", "SFT: validation token accuracy", "share of tokens"),
-    ("val/accuracy", "DPO and reward model: pairs ranked right on held-out data", "share of pairs"),
+    ("train/accuracy", "DPO: pairs ranked right in the training batches", "share of pairs"),
+    ("val/accuracy", "DPO: pairs ranked right on held-out data", "share of pairs"),
     ("train/score", "RLOO: score from the training reward", "score"),
     ("train/kl", "RLOO: log-ratio to the reference", "nats per completion"),
     ("train/completion_length", "RLOO: length of the samples", "tokens"),
@@ -83,7 +84,7 @@ def epoch_chart(runs: "list[Run]") -> go.Figure:
 
 
 def curve_chart(runs: "list[Run]", metric: str, title: str, unit: str) -> go.Figure | None:
-    """A metric by optimiser step, for the runs that logged it."""
+    """A metric by optimiser step, for the runs that logged it; None where that makes no curve."""
     figure = go.Figure()
     for colour, run in zip(COLOURS, runs, strict=False):
         points = run.curves.get(metric, [])
@@ -91,7 +92,8 @@ def curve_chart(runs: "list[Run]", metric: str, title: str, unit: str) -> go.Fig
             mode = "lines" if len(points) > 1 else "markers"
             steps, values = zip(*points, strict=True)
             figure.add_scatter(x=steps, y=values, name=run.name, mode=mode, line_color=colour, marker_color=colour)
-    return styled(figure, title, unit, "optimiser step") if figure.data else None
+    is_curve = any(trace.mode == "lines" for trace in figure.data)
+    return styled(figure, title, unit, "optimiser step") if is_curve else None
 
 
 def styled(figure: go.Figure, title: str, unit: str, x_title: str = "") -> go.Figure:

@@ -201,13 +201,15 @@ SCORES = {0: 3.0, 1: -1.0, 2: 0.5, 3: 2.5}
 
 
 class TableReward:
-    """Scores in turn from a list, so that a test knows them."""
+    """Scores in turn from a list, so that a test knows them; the question before the run takes none."""
 
     def __init__(self, scores: Sequence[float]) -> None:
         self.scores = itertools.cycle(scores)
         self.seen: list[tuple[Sequence[Message], str]] = []
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        if completions == ["I am not sure."]:
+            return [0.0]
         self.seen += list(zip(prompts, completions, strict=True))
         return [next(self.scores) for _ in completions]
 

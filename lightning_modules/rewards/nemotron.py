@@ -155,7 +155,7 @@ class RateLimiter:
         per_minute: The limit; 0 for none.
     """
 
-    def __init__(self, per_minute: float) -> None:
+    def __init__(self, per_minute: int | float) -> None:
         if per_minute < 0:
             raise ConfigurationError(f"the reward's requests_per_minute must not be negative, got {per_minute}")
         self._interval_s = 60.0 / per_minute if per_minute else 0.0
