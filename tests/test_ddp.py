@@ -55,13 +55,13 @@ def test_validation_on_two_processes_has_no_duplicates(config: Any, tmp_path: Pa
     losses = []
     for devices in ("1", "2"):
         root = tmp_path / devices
-        result = launch(
-            "fit",
-            "--config",
-            config("SFTModule", trainer={"default_root_dir": str(root), "limit_train_batches": 0, "devices": devices}),
-            "--trainer.accelerator",
-            "cpu",
+        made = config(
+            "SFTModule",
+            trainer={"default_root_dir": str(root), "devices": devices},
+            evaluation={"num_prompts": 0},
         )
+        result = launch("validate", "--config", made, "--trainer.accelerator", "cpu")
         assert result.returncode == 0, result.stderr[-3000:]
-        losses += [json.loads(line)["val/loss"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+        losses += [json.loads(line)["val/loss"] for line in (root / "validation.jsonl").read_text().splitlines()]
+    assert len(losses) == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
