@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 PROJECT = "cs224r_deeprl_final"
 
@@ -56,6 +56,8 @@ class WandbTracking(WandbLogger):
         self._wandb_init.pop("anonymous", None)  # wandb warns of a setting that Lightning hands on unset
         if mode == "offline":
             rank_zero_info(f"W&B records offline; upload with: wandb sync {save_dir}/wandb/latest-run")
+        if offline and checkpoints != "none":
+            rank_zero_warn(f"wandb.checkpoints={checkpoints} uploads nothing while W&B is {mode}")
 
 
 def environment_mode() -> Literal["online", "offline", "disabled"]:
