@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from callbacks.evaluation_files import write, write_whole
 from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
 from callbacks.metrics_file import MetricsFile
 from datamodules.chat import Message, encode_conversation, load_tokenizer, stop_token_ids
@@ -269,33 +269,6 @@ def gathered(mine: dict[int, Pair]) -> list[Pair]:
         dist.all_gather_object(parts, mine)
     merged = {index: pair for part in parts if part is not None for index, pair in part.items()}
     return [merged[index] for index in sorted(merged)]
-
-
-def write(directory: Path, metrics: dict[str, Any], pairs: Sequence[Pair]) -> None:
-    """``metrics.json`` and ``pairs.jsonl``; what has no value is null."""
-    lines = [json.dumps(pair.record(), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs]
-    write_whole(directory / "pairs.jsonl", "".join(lines))
-    text = json.dumps(without_nan(metrics), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(directory / "metrics.json", text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def without_nan(value: Any) -> Any:
-    """The value with null for every NaN in it."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return value
 
 
 def shown(value: float) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from callbacks.evaluation_files import write
 from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
 from callbacks.metrics_file import MetricsFile
-from callbacks.nemotron_evaluation import write
 from commands.compare import compare, read_curves
 from datamodules.errors import ConfigurationError
 

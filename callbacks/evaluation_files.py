@@ -1,0 +1,37 @@
+"""The files of an evaluation, each there in full or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from callbacks.evaluation_metrics import Pair
+
+
+def write(directory: Path, metrics: dict[str, Any], pairs: Sequence[Pair]) -> None:
+    """``metrics.json`` and ``pairs.jsonl``; what has no value is null."""
+    lines = [json.dumps(pair.record(), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs]
+    write_whole(directory / "pairs.jsonl", "".join(lines))
+    text = json.dumps(without_nan(metrics), indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(directory / "metrics.json", text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null for every NaN in it."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return value
