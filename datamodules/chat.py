@@ -136,7 +136,7 @@ def encode_conversation(
     done = ""
 
     def append(text: str, *, learned: bool) -> None:
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+        piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids.extend(piece)
         mask.extend([learned] * len(piece))
 
