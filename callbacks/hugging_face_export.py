@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from callbacks.tracking import short_name
 from lightning_modules.base import FineTuningModule
 
 CARD = """---
@@ -98,7 +99,7 @@ def model_card(trainer: Trainer, module: FineTuningModule) -> str:
         base_model=module.model_name,
         pipeline_tag="text-generation" if module.can_generate else "text-classification",
         method=module.method,
-        title=f"{Path(module.model_name).name} {module.method.upper()}",
+        title=f"{short_name(module.model_name)} {module.method.upper()}",
         method_name=METHOD_NAMES[module.method],
         dataset=getattr(data, "dataset_name", "an unnamed dataset"),
         steps=trainer.global_step,

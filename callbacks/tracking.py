@@ -78,10 +78,11 @@ def _logged_in() -> bool:
 
 def run_name(method: str, model_name: str, dataset_name: str) -> str:
     """``<method>-<model>-<dataset>``, of hub ids and of directories alike; ``outputs/sft/final`` is called ``sft``."""
-    return "-".join([method, _short(model_name), _short(dataset_name)])
+    return "-".join([method, short_name(model_name), short_name(dataset_name)])
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """The last part of a hub id or path that says something."""
     path = Path(name)
     return (
         path.parent.name if path.name == "final" else path.stem if path.suffix in (".parquet", ".jsonl") else path.name

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from demo.tasks import Exercise, draw_exercise, wrong_answer
 
@@ -27,6 +28,8 @@ VOCABULARY = 1_024
 
 def make(directory: Path) -> None:
     """Write ``model/``, ``smoltalk/`` and ``ultrafeedback/``; always the same for the same versions."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
     rng = random.Random(20)
     held_out = _exercises(rng, HELD_OUT, set())
     seen = {exercise.prompt for exercise in held_out}

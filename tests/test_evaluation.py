@@ -15,8 +15,10 @@ from datamodules import SmolTalkDataModule
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
 from lightning_modules import SFTModule
-from lightning_modules.rewards.nemotron import NemotronReward
-from lightning_modules.rewards.rules import brevity
+from lightning_modules.rewards import WeightedReward
+from lightning_modules.rewards.base import reward_identity
+from lightning_modules.rewards.nemotron import NemotronReward, keeps_a_secret
+from lightning_modules.rewards.rules import Mentions, brevity
 
 PROMPT: list[Message] = [{"role": "user", "content": "q"}]
 
@@ -73,7 +75,9 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(data: Path, model_dir: Path, evaluation: NemotronEvaluation, *, root: Path, fit: bool = True) -> Trainer:
+def run(
+    data: Path, model_dir: Path, evaluation: NemotronEvaluation, *, root: Path, fit: bool = True, **options: Any
+) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -83,9 +87,10 @@ def run(data: Path, model_dir: Path, evaluation: NemotronEvaluation, *, root: Pa
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[evaluation],
+        **options,
     )
     module = SFTModule(model_name=str(model_dir), learning_rate=0.05)
-    talks = SmolTalkDataModule(dataset_name=str(data), model_name=str(model_dir), max_length=64)
+    talks = SmolTalkDataModule(dataset_name=str(data), model_name=str(model_dir), max_length=64, batch_size=1)
     (trainer.fit if fit else trainer.validate)(module, datamodule=talks)
     return trainer
 
@@ -172,3 +177,41 @@ def test_no_key_for_the_hosted_api_is_told_before_any_request(monkeypatch: pytes
     monkeypatch.delenv("NVIDIA_API_KEY", raising=False)
     with pytest.raises(ConfigurationError, match="NVIDIA_API_KEY is not set"):
         NemotronReward()([PROMPT], ["answer"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_validations_an_epoch_make_one_evaluation_after_the_last(
+    data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Seven batches, checked after the third and the sixth: the sixth is the epoch's last check, if not its end."""
+    asked: list[str] = []
+
+    def counting(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        asked.extend(completions)
+        return brevity(prompts, completions)
+
+    run(data, tiny_model_dir, evaluation(data, counting), root=tmp_path / "run", val_check_interval=0.5)
+    assert len(asked) == 1 + 5 + 5 + 5  # preflight, policy, reference, policy of the second epoch
+    assert {path.name for path in (tmp_path / "run" / "eval").glob("epoch=*")} == {"epoch=0", "epoch=1"}
+
+
+def test_reference_scores_are_kept_apart_by_judge_and_its_options() -> None:
+    identities = [reward_identity(reward) for reward in (brevity, Mentions("a"), Mentions("b"))]
+    identities += [
+        reward_identity(WeightedReward([brevity, Mentions("a")], weights)) for weights in ([1.0, 1.0], [1.0, 2.0])
+    ]
+    assert len({str(identity) for identity in identities}) == 5
+
+
+@pytest.mark.parametrize(
+    ("url", "may"),
+    [
+        ("https://integrate.api.nvidia.com/v1", True),
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://localhost:8000/v1", True),
+        ("http://reward.example.org/v1", False),
+        ("http://10.0.0.7:8000/v1", False),
+    ],
+)
+def test_the_key_goes_over_tls_or_stays_on_this_machine(url: str, may: bool) -> None:
+    assert keeps_a_secret(url) is may
