@@ -35,6 +35,9 @@ class Pair(NamedTuple):
     completion_tokens: int
     reference_tokens: int
     outcome: str
+    prompt_tokens: int = 0
+    source: str | None = None
+    """Where the prompt's dataset has it from."""
 
     @classmethod
     def of(
@@ -44,6 +47,9 @@ class Pair(NamedTuple):
         reference: Side,
         reward: float,
         reference_reward: float,
+        *,
+        prompt_tokens: int = 0,
+        source: str | None = None,
     ) -> "Pair":
         """Decide the outcome; a pair with an unscored side is ``failed``."""
         result = outcomes(torch.tensor([reward]), torch.tensor([reference_reward])).item()
@@ -56,6 +62,8 @@ class Pair(NamedTuple):
             policy.tokens,
             reference.tokens,
             OUTCOMES.get(result, "failed"),
+            prompt_tokens,
+            source,
         )
 
     def record(self) -> dict[str, Any]:

@@ -1,24 +1,37 @@
 """``fit`` and ``validate``: LightningCLI with the suite's run folder, loggers, checkpoints, export and evaluation."""
 
+import glob
+import json
 import logging
+import platform
 import sys
 import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import torch
 import transformers
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from callbacks import HuggingFaceExport, NemotronEvaluation
+from callbacks.evaluation_files import write_whole
 from callbacks.line_progress import LineProgress
 from callbacks.metrics_file import MetricsFile
 from callbacks.tracking import WandbTracking, run_name
 from datamodules.base import ChatDataModule
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
+from lightning_modules.evaluation import EvaluationModule
+
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
 
 
 class Parser(LightningArgumentParser):
@@ -32,15 +45,17 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the config of a fit in the run's folder and with every logger."""
+    """Keeps the config of a fit, and the versions it ran with, in the run's folder and with every logger."""
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" or not (Path(trainer.default_root_dir) / "config.yaml").exists():
             super().setup(trainer, pl_module, stage)
 
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        text = json.dumps(environment(trainer), indent=2)
+        write_whole(Path(trainer.default_root_dir) / "environment.json", text + "\n")
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
 
@@ -70,10 +85,25 @@ class SuiteCLI(LightningCLI):
         )
 
     @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_lightning_class_args(FineTuningModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(ChatDataModule, "data", subclass_mode=True, required=False)
+
+    @override
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """To evaluate a model takes no method."""
+        super().setup_parser(*args, **kwargs)
+        validate = self._subcommand_parsers["validate"]
+        validate.set_defaults({"model": {"class_path": "lightning_modules.EvaluationModule"}})
+
+    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.ckpt_path not in (None, "last", "best") and not Path(config.ckpt_path).exists():
+        if config.ckpt_path not in (None, "last", "best") and not checkpoints(config.ckpt_path):
             raise ConfigurationError(f"--ckpt_path {config.ckpt_path} does not exist; name a checkpoint, or last")
+        if self.subcommand == "fit" and config.data is None:
+            raise ConfigurationError("fit needs data: name a config (configs/sft.yaml), or a data module with --data")
         root = config.trainer.default_root_dir or "outputs/run"
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
@@ -84,7 +114,8 @@ class SuiteCLI(LightningCLI):
         config = self.config[self.subcommand]
         root = config.trainer.default_root_dir
         if config.trainer.logger is None or config.trainer.logger is True:
-            name = run_name(self.model.method, self.model.model_name, self.datamodule.dataset_name)
+            dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
+            name = run_name(self.model.method, self.model.model_name, dataset_name)
             wandb = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
             file_name = "metrics.jsonl" if self.subcommand == "fit" else "validation.jsonl"
             kwargs["logger"] = [MetricsFile(root, file_name), wandb]
@@ -98,8 +129,53 @@ class SuiteCLI(LightningCLI):
     def before_fit(self) -> None:
         self.model.check_options(self.datamodule)
 
-    def before_validate(self) -> None:
-        self.model.check_options(self.datamodule)
+    def validate(self, model: FineTuningModule, ckpt_path: str | None = None, **options: Any) -> None:
+        """Evaluate the model, or it under each of several checkpoints; without data on the prompts alone."""
+        if self.datamodule is None:
+            model = EvaluationModule(model.model_name)
+            options["dataloaders"] = DataLoader(NoRows())
+        model.check_options(self.datamodule)
+        paths: list[str | None] = [*checkpoints(ckpt_path)]
+        for path in paths or [ckpt_path]:
+            if path is not None:
+                rank_zero_info(f"under {path}:")
+            try:
+                self.trainer.validate(model, ckpt_path=path, **options)
+            except RuntimeError as error:
+                if "loading state_dict" not in str(error):
+                    raise
+                raise ConfigurationError(
+                    f"the checkpoint {path} is not one of {model.model_name}; change --ckpt_path or --model.model_name"
+                ) from error
+
+
+class NoRows(IterableDataset[Any]):
+    """What a validation iterates over that is only about the evaluation's prompts."""
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+def checkpoints(ckpt_path: str | None) -> list[str]:
+    """The checkpoints under a path: a file, a sharded checkpoint, a folder of files, or a pattern, in their order."""
+    if ckpt_path is None:
+        return []
+    path = Path(ckpt_path)
+    inside = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
+    return [str(file) for file in inside] or ([str(path)] if path.exists() else sorted(glob.glob(ckpt_path)))
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """What a run ran on, as far as it may change its figures."""
+    device = trainer.strategy.root_device
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "processes": trainer.world_size,
+        "precision": trainer.precision,
+    }
 
 
 def quieten() -> None:

@@ -129,7 +129,7 @@ def encode_conversation(
         ConfigurationError: If rendering a prefix of the conversation is not a prefix of its rendering, as when a
             template rewrites earlier turns.
     """
-    messages = _without_special_tokens(tokenizer, messages)
+    messages = without_special_tokens(tokenizer, messages)
     end = turn_end(tokenizer)
     ids: list[int] = []
     mask: list[bool] = []
@@ -200,7 +200,7 @@ def _special_token_pattern(tokenizer: PreTrainedTokenizerBase, _vocabulary_size:
     return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
     """The turns with control tokens taken out of the text, so that no text can open or close a turn."""
     pattern = _special_token_pattern(tokenizer, len(tokenizer))
     return [{"role": message["role"], "content": pattern.sub("", message["content"])} for message in messages]

@@ -1,7 +1,7 @@
 """Held-out prompts for the evaluation, from any dataset of conversations, pairs or plain prompts."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +10,14 @@ from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
 
 OPTION = "evaluation.dataset_name"
+
+
+class Prompt(NamedTuple):
+    """A conversation that ends with a user turn, its length in tokens, and where its dataset has it from."""
+
+    messages: list[Message]
+    tokens: int
+    source: str | None
 
 
 def read_prompt(row: Mapping[str, Any]) -> list[Message] | None:
@@ -34,7 +42,7 @@ def load_prompts(
     count: int,
     max_length: int,
     held_out: bool | None = None,
-) -> list[list[Message]]:
+) -> list[Prompt]:
     """The first ``count`` distinct prompts of a split that have at most ``max_length`` tokens.
 
     Of a single file all rows are taken, or with ``held_out`` the ones that training leaves out.
@@ -47,7 +55,7 @@ def load_prompts(
         raise ConfigurationError(
             f"{dataset_name} has no chosen, messages or prompt among its columns {rows.column_names}; change {OPTION}"
         )
-    prompts: list[list[Message]] = []
+    prompts: list[Prompt] = []
     seen: set[str] = set()
     for row in rows:
         if len(prompts) == count:
@@ -55,9 +63,11 @@ def load_prompts(
         prompt = read_prompt(row)
         if prompt is None or str(prompt) in seen:
             continue
-        if len(encode_conversation(tokenizer, prompt, add_generation_prompt=True).input_ids) <= max_length:
+        tokens = len(encode_conversation(tokenizer, prompt, add_generation_prompt=True).input_ids)
+        if tokens <= max_length:
             seen.add(str(prompt))
-            prompts.append(prompt)
+            source = row.get("source")
+            prompts.append(Prompt(prompt, tokens, source if isinstance(source, str) else None))
     if not prompts:
         raise ConfigurationError(
             f"{dataset_name} {split} has no prompt of at most {max_length} tokens; "

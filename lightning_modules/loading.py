@@ -33,12 +33,6 @@ def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
         raise ConfigurationError(f"no model {model_name!r} ({first_line}); change {option}") from error
 
 
-def model_identity(model_name: str) -> list[Any]:
-    """What tells a model from another of the same name: its weight files' names, sizes and times."""
-    files = sorted(Path(model_name).glob("*.safetensors")) if Path(model_name).is_dir() else []
-    return [model_name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
-
-
 def load_causal_lm(
     model_name: str, tokenizer: PreTrainedTokenizerBase, *, option: str = "model.model_name"
 ) -> PreTrainedModel:

@@ -29,7 +29,8 @@ from lightning_modules.functional.reinforce import (
 from lightning_modules.generation import Samples, sample_completions
 from lightning_modules.loading import load_reference, without_dropout
 from lightning_modules.rewards import Reward, resolve_reward
-from lightning_modules.rewards.base import checked_scores, preflight
+from lightning_modules.rewards.base import checked_scores
+from lightning_modules.rewards.preflight import preflight
 
 ROWS_LOGGED = 8
 

@@ -1,6 +1,8 @@
 """Fixtures: the real data where it is at hand, and small models made on the spot."""
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,10 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from lightning_modules.rewards import rate_limit
+from tests.evaluation_run import write_rows
+from tests.reward_server import RewardServer
 
 torch.set_num_threads(1)  # faster for models this small, and kind to tests beside these
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -109,3 +115,27 @@ def config(tmp_path: Path, tiny_model_dir: Path, data: Path) -> Any:
         return str(path)
 
     return make
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    """Seven conversations of a turn each, to train on and to be asked about."""
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", 7)
+    return tmp_path
+
+
+@pytest.fixture
+def server() -> Iterator[RewardServer]:
+    with RewardServer() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def own_rate_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a test sends out of the limits of everything else on this machine."""
+    monkeypatch.setattr(rate_limit, "limits_file", lambda: tmp_path / "limits.sqlite")

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import wandb
 import yaml
 
 from cli import main
+from tests.evaluation_run import read
+from tests.reward_server import Asked, Reply, RewardServer, text_reply
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,7 +58,7 @@ def test_fit_leaves_the_folder_that_is_promised(method: str, config: Any, tmp_pa
     result = cli("fit", "--config", config(method))
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
-    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final"}
     expected |= {"eval"} if method != "RewardModule" else set()
     expected |= {"tables.jsonl"} if method == "RLOOModule" else set()
     assert {path.name for path in run.iterdir()} - {"wandb"} == expected
@@ -132,3 +135,83 @@ def test_every_config_is_complete_and_says_how_to_run_it(path: Path, cli: Cli) -
     assert printed["trainer"]["strategy"] == "ddp"
     evaluates, trains = printed["evaluation"]["reward"], printed["model"]["init_args"].get("reward")
     assert trains is None or evaluates != trains
+
+
+def test_validate_takes_any_model_and_a_file_of_prompts(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    """No config, no method, no training data; the folder it leaves is one that ``compare`` reads."""
+    lines = [{"prompt": "one"}, {"prompt": "two", "source": "numbers"}, {"prompt": "three"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {
+        "--model.model_name": str(tiny_model_dir),
+        "--trainer.accelerator": "cpu",
+        "--trainer.default_root_dir": str(tmp_path / "run"),
+        "--evaluation.reference_model": str(tiny_model_dir),
+        "--evaluation.dataset_name": str(tmp_path / "prompts.jsonl"),
+        "--evaluation.num_prompts": "2",
+        "--evaluation.max_completion_length": "4",
+        "--evaluation.reward": "lightning_modules.rewards.rules.brevity",
+    }
+    arguments = [part for option in options.items() for part in option]
+    result = cli("validate", *arguments)
+    assert result.returncode == 0, result.stderr
+    _, pairs = read(tmp_path / "run" / "eval" / "final")
+    assert [(p["prompt"][-1]["content"], p["source"]) for p in pairs] == [("one", None), ("two", "numbers")]
+    assert all(p["outcome"] == "tie" for p in pairs)
+    compared = cli("compare", str(tmp_path / "run"), "--output", str(tmp_path / "report"))
+    assert compared.returncode == 0, compared.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["packages"]["torch"]
+
+
+def test_validate_evaluates_every_checkpoint_of_a_folder(config: Any, tmp_path: Path, cli: Cli) -> None:
+    path = config("SFTModule", trainer={"max_epochs": 2}, checkpoint={"save_top_k": -1, "filename": "{epoch}"})
+    changes = ["--model.learning_rate", "0.05", "--checkpoint.save_last", "false"]
+    assert cli("fit", "--config", path, *changes).returncode == 0
+    during = [read(tmp_path / "run" / "eval" / f"epoch={epoch}") for epoch in range(2)]
+    assert [p["completion"] for p in during[0][1]] != [p["completion"] for p in during[1][1]]
+    reference = yaml.safe_load(Path(path).read_text())["model"]["init_args"]["model_name"]
+    checkpoints = str(tmp_path / "run" / "checkpoints")
+    root = ["--trainer.default_root_dir", str(tmp_path / "again"), "--evaluation.reference_model", reference]
+    result = cli("validate", "--config", path, *root, "--ckpt_path", checkpoints)
+    assert result.returncode == 0, result.stderr
+    for epoch in range(2):
+        metrics, pairs = read(tmp_path / "again" / "eval" / f"epoch={epoch}")
+        assert pairs == during[epoch][1]
+        assert metrics["win_rate"] == during[epoch][0]["win_rate"]
+    refused = cli("validate", "--config", path, *root, "--ckpt_path", str(tmp_path / "nowhere"))
+    assert_refused(refused, "nowhere does not exist; name a checkpoint, or last")
+
+
+def test_a_planted_key_is_in_no_file_and_no_stream(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, server: RewardServer
+) -> None:
+    """With W&B's records, a judge that echoes the key in its refusals, and every other file of the run."""
+    key = "nvapi-planted-canary-0123456789"
+
+    def echo(asked: Asked) -> Reply:
+        text = asked.body["messages"][-1]["content"]
+        assert asked.headers["Authorization"] == f"Bearer {key}"
+        probe = "one more than" in asked.body["messages"][0]["content"]
+        if not probe and len(text) % 2:
+            return Reply(f'{{"detail": "bad key {key}"}}'.encode(), status=422)
+        return text_reply(f"reward:{-9.0 if text == 'No idea.' else 1.0}")
+
+    server.respond = echo
+    reward = {
+        "class_path": "lightning_modules.rewards.NemotronReward",
+        "init_args": {"base_url": server.url, "requests_per_minute": 0},
+    }
+    path = config("SFTModule", evaluation={"reward": reward, "temperature": 1.5})
+    monkeypatch.setenv("NVIDIA_API_KEY", key)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it remembers the mode of the process's earlier runs
+    result = cli("fit", "--config", path)
+    wandb.teardown()
+    assert result.returncode == 0, result.stderr
+    assert len(server.asked) > 2
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "metrics.json", "evaluation.sqlite"} <= {file.name for file in files}
+    assert any(file.suffix == ".wandb" for file in files)
+    assert [file for file in files if key.encode() in file.read_bytes()] == []
+    assert key not in result.stdout + result.stderr

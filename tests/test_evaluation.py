@@ -1,24 +1,20 @@
 """The numbers of an evaluation by hand, and the callback in a run: its files, seeds, failures and reference."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
 
 from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
-from callbacks.nemotron_evaluation import NemotronEvaluation
-from datamodules import SmolTalkDataModule
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
-from lightning_modules import SFTModule
 from lightning_modules.rewards import WeightedReward
 from lightning_modules.rewards.base import reward_identity
-from lightning_modules.rewards.nemotron import NemotronReward, keeps_a_secret
+from lightning_modules.rewards.http import keeps_a_secret
+from lightning_modules.rewards.nemotron import NemotronReward
 from lightning_modules.rewards.rules import Mentions, brevity
+from tests.evaluation_run import evaluation, read, run
 
 PROMPT: list[Message] = [{"role": "user", "content": "q"}]
 
@@ -60,88 +56,41 @@ def test_an_evaluation_without_a_score_has_no_numbers() -> None:
     assert pair(math.nan, 1.0).record()["reward"] is None
 
 
-def write_rows(path: Path, count: int) -> None:
-    rows = [
-        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "yes"}]}
-        for i in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    for split in ("train", "test"):
-        write_rows(tmp_path / f"{split}.jsonl", 7)
-    return tmp_path
-
-
-def run(
-    data: Path, model_dir: Path, evaluation: NemotronEvaluation, *, root: Path, fit: bool = True, **options: Any
-) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        default_root_dir=root,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[evaluation],
-        **options,
-    )
-    module = SFTModule(model_name=str(model_dir), learning_rate=0.05)
-    talks = SmolTalkDataModule(dataset_name=str(data), model_name=str(model_dir), max_length=64, batch_size=1)
-    (trainer.fit if fit else trainer.validate)(module, datamodule=talks)
-    return trainer
-
-
-def evaluation(data: Path, reward: Any, **options: Any) -> NemotronEvaluation:
-    settings = {
-        "dataset_name": str(data),
-        "split": "test",
-        "num_prompts": 5,
-        "max_completion_length": 6,
-        "batch_size": 2,
-        **options,
-    }
-    return NemotronEvaluation(reward=reward, **settings)
-
-
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    return json.loads((folder / "metrics.json").read_text()), pairs
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_a_fit_writes_every_epoch_and_asks_the_reference_once(data: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    asked: list[str] = []
+def test_a_fit_writes_every_epoch_and_asks_the_reference_once(
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str]] = []
 
     def counting(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
-        asked.extend(prompt[-1]["content"] for prompt in prompts)
+        asked.extend(zip([prompt[-1]["content"] for prompt in prompts], completions, strict=True))
         return brevity(prompts, completions)
 
-    trainer = run(data, tiny_model_dir, evaluation(data, counting), root=tmp_path / "run")
-    assert len(asked) == 1 + 5 + 5 + 5  # preflight, policy, reference, policy of the second epoch
+    trainer = run(talks, tiny_model_dir, evaluation(talks, counting), root=tmp_path / "run")
+    answers: set[tuple[str, str]] = set()
     for epoch in range(2):
         metrics, pairs = read(tmp_path / "run" / "eval" / f"epoch={epoch}")
+        for side in ("completion", "reference_completion"):
+            answers |= {(p["prompt"][-1]["content"], p[side]) for p in pairs}
         assert [p["prompt"][-1]["content"] for p in pairs] == [f"q{i}" for i in range(5)]
         wins = sum(p["reward"] > p["reference_reward"] for p in pairs)
         ties = sum(p["reward"] == p["reference_reward"] for p in pairs)
         assert metrics["win_rate"] == (wins + ties / 2) / 5
         assert metrics["valid"] is True
         assert all(p["reward"] == -len(p["completion"]) for p in pairs)
+    assert sorted(asked[1:]) == sorted(answers), "after the preflight, each answer is asked about once"
     assert trainer.callback_metrics["eval/win_rate"].item() == pytest.approx(metrics["win_rate"])
     assert trainer.callback_metrics["eval/length_ratio"].item() == pytest.approx(metrics["length_ratio"], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_policy_against_itself_ties_everywhere_and_twice_alike(
-    data: Path, tiny_model_dir: Path, tmp_path: Path
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     completions = []
     for name in ("one", "two"):
-        against_itself = evaluation(data, brevity, reference_model=str(tiny_model_dir))
-        run(data, tiny_model_dir, against_itself, root=tmp_path / name, fit=False)
+        against_itself = evaluation(talks, brevity, reference_model=str(tiny_model_dir))
+        run(talks, tiny_model_dir, against_itself, root=tmp_path / name, fit=False)
         metrics, pairs = read(tmp_path / name / "eval" / "final")
         assert (metrics["ties"], metrics["win_rate"], metrics["reward_improvement"]) == (5, 0.5, 0.0)
         completions.append([p["completion"] for p in pairs])
@@ -150,13 +99,13 @@ def test_a_policy_against_itself_ties_everywhere_and_twice_alike(
 
 @pytest.mark.filterwarnings("ignore")
 def test_missing_scores_are_counted_and_mark_the_evaluation_invalid(
-    data: Path, tiny_model_dir: Path, tmp_path: Path
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     def only_q1(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
         return [2.0 if prompt[-1]["content"] == "q1" else math.nan for prompt in prompts]
 
-    against_itself = evaluation(data, only_q1, reference_model=str(tiny_model_dir))
-    run(data, tiny_model_dir, against_itself, root=tmp_path / "run", fit=False)
+    against_itself = evaluation(talks, only_q1, reference_model=str(tiny_model_dir))
+    run(talks, tiny_model_dir, against_itself, root=tmp_path / "run", fit=False)
     metrics, pairs = read(tmp_path / "run" / "eval" / "final")
     assert (metrics["failed"], metrics["ties"], metrics["average_reward"]) == (4, 1, 2.0)
     assert metrics["valid"] is False
@@ -166,11 +115,11 @@ def test_missing_scores_are_counted_and_mark_the_evaluation_invalid(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_dead_reward_server_stops_the_run_before_the_model_is_loaded(
-    data: Path, tiny_model_dir: Path, tmp_path: Path
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     dead = NemotronReward(base_url="http://127.0.0.1:9/v1", max_attempts=1)
     with pytest.raises(ConfigurationError, match=r"cannot be reached .* change evaluation\.reward"):
-        run(data, tiny_model_dir, evaluation(data, dead), root=tmp_path / "run")
+        run(talks, tiny_model_dir, evaluation(talks, dead), root=tmp_path / "run")
 
 
 def test_no_key_for_the_hosted_api_is_told_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,26 +130,31 @@ def test_no_key_for_the_hosted_api_is_told_before_any_request(monkeypatch: pytes
 
 @pytest.mark.filterwarnings("ignore")
 def test_several_validations_an_epoch_make_one_evaluation_after_the_last(
-    data: Path, tiny_model_dir: Path, tmp_path: Path
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Seven batches, checked after the third and the sixth: the sixth is the epoch's last check, if not its end."""
     asked: list[str] = []
 
     def counting(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
-        asked.extend(completions)
+        asked.extend(f"{prompt[-1]['content']} {text}" for prompt, text in zip(prompts, completions, strict=True))
         return brevity(prompts, completions)
 
-    run(data, tiny_model_dir, evaluation(data, counting), root=tmp_path / "run", val_check_interval=0.5)
-    assert len(asked) == 1 + 5 + 5 + 5  # preflight, policy, reference, policy of the second epoch
+    run(talks, tiny_model_dir, evaluation(talks, counting), root=tmp_path / "run", val_check_interval=0.5)
+    assert len(asked) == len(set(asked)), "and no answer is asked about twice"
     assert {path.name for path in (tmp_path / "run" / "eval").glob("epoch=*")} == {"epoch=0", "epoch=1"}
 
 
 def test_reference_scores_are_kept_apart_by_judge_and_its_options() -> None:
     identities = [reward_identity(reward) for reward in (brevity, Mentions("a"), Mentions("b"))]
     identities += [
-        reward_identity(WeightedReward([brevity, Mentions("a")], weights)) for weights in ([1.0, 1.0], [1.0, 2.0])
+        NemotronReward(model=model, base_url=url).identity
+        for model, url in (("a", "http://one"), ("b", "http://one"), ("a", "http://two"))
     ]
-    assert len({str(identity) for identity in identities}) == 5
+    assert len({str(identity) for identity in identities}) == 6
+    assert reward_identity(lambda prompts, completions: []) is None
+    assert reward_identity(WeightedReward([brevity], [1.0])) is None  # its parts' scores are kept, not their sum
+    waits_longer = NemotronReward(model="a", base_url="http://one", timeout_s=99.0, requests_per_minute=1)
+    assert waits_longer.identity == NemotronReward(model="a", base_url="http://one").identity
 
 
 @pytest.mark.parametrize(

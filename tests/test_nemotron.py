@@ -5,27 +5,25 @@ import json
 import math
 import random
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.request import getproxies_environment
 
 import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
-from typing_extensions import override
 
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
-from lightning_modules.rewards import NemotronReward, nemotron
-from lightning_modules.rewards.base import preflight
-from lightning_modules.rewards.nemotron import RateLimiter, explained, folded_system, parse_score, retry_after_s
+from lightning_modules.rewards import NemotronReward, asking, nemotron, rate_limit
+from lightning_modules.rewards.asking import retry_after_s
+from lightning_modules.rewards.http import ALTERNATIVES
+from lightning_modules.rewards.nemotron import folded_system, parse_score
+from lightning_modules.rewards.preflight import preflight
+from tests.reward_server import Asked, Reply, RewardServer, reply_of, text_reply
 
 KEY = "nvapi-a-key-that-no-log-may-hold"
 PROMPT = [{"role": "user", "content": "Hi"}]
@@ -39,80 +37,6 @@ ATTRIBUTES = {
 ATTRIBUTE_TEXT = ",".join(f"{name}:{value}" for name, value in ATTRIBUTES.items())
 ATTRIBUTE_SCORE = 3.315625
 """0.3 x 1.6171875 + 0.74 x 1.6484375 + 0.46 x 3.3125 + 0.47 x 0.546875 - 0.33 x 0.515625, worked out by hand."""
-
-
-class Asked(NamedTuple):
-    """A request as the server got it."""
-
-    index: int
-    path: str
-    headers: Mapping[str, str]
-    body: dict[str, Any]
-    arrived_s: float
-
-
-class Reply(NamedTuple):
-    """What the server sends; ``missing_bytes`` of the body never come, and with no status nothing comes at all."""
-
-    body: bytes = b""
-    status: int | None = 200
-    headers: Mapping[str, str] = {}
-    missing_bytes: int = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Keeps connections open, as the real API does."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-    timeout = 20
-
-    def do_POST(self) -> None:
-        server = self.server
-        assert isinstance(server, RewardServer)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            asked = Asked(len(server.asked), self.path, dict(self.headers), body, time.monotonic())
-            server.asked.append(asked)
-        reply = server.respond(asked)
-        if reply.status is None or reply.missing_bytes:
-            self.close_connection = True
-        if reply.status is None:
-            return
-        self.send_response(reply.status)
-        self.send_header("Content-Length", str(len(reply.body) + reply.missing_bytes))
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(reply.body)
-
-    @override
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-class RewardServer(ThreadingHTTPServer):
-    """Answers as ``respond`` says and remembers what it was asked."""
-
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock = threading.Lock()
-        self.asked: list[Asked] = []
-        self.respond: Callable[[Asked], Reply] = lambda asked: text_reply("reward:-12.5")
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def answers(self, *replies: Reply) -> None:
-        """Give these replies in turn, and the last one for good."""
-        self.respond = lambda asked: replies[min(asked.index, len(replies) - 1)]
-
-    @override
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that hang up."""
 
 
 class Clock:
@@ -135,19 +59,10 @@ class Clock:
 
 
 @pytest.fixture
-def server() -> Iterator[RewardServer]:
-    with RewardServer() as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
-
-
-@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ticking = Clock()
-    monkeypatch.setattr(nemotron, "time", ticking)
+    for module in (asking, rate_limit):
+        monkeypatch.setattr(module, "time", ticking)
     return ticking
 
 
@@ -158,15 +73,6 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"{scheme}_proxy".upper(), raising=False)
     for name in ("NVIDIA_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-
-
-def reply_of(content: object, logprobs: object = None, *, as_list: bool = False) -> dict[str, Any]:
-    message = {"role": "assistant", "content": content}
-    return {"choices": [{"index": 0, "message": [message] if as_list else message, "logprobs": logprobs}]}
-
-
-def text_reply(content: str) -> Reply:
-    return Reply(json.dumps(reply_of(content)).encode())
 
 
 def client(server: RewardServer, **options: Any) -> NemotronReward:
@@ -424,10 +330,10 @@ def test_a_passing_failure_is_asked_again(server: RewardServer, clock: Clock, st
         (301, "301"),
         (400, "400"),
         (401, "401: the key is not accepted, check NVIDIA_API_KEY"),
-        (402, "402: the account has no credits left"),
+        (402, "402: the account has no credits left; add some, or judge with a reward model of your own"),
         (403, "403: the key may not use this model, check NVIDIA_API_KEY"),
-        (404, "404: the model org/judge is not available to this account, change the reward's model"),
-        (410, "410: the model org/judge was retired, change the reward's model or base_url"),
+        (404, f"404: the model org/judge is not there for this account; {ALTERNATIVES}"),
+        (410, f"410: the model org/judge was retired; {ALTERNATIVES}"),
         (422, "422: the conversation is refused, it may be too long"),
     ],
 )
@@ -439,7 +345,7 @@ def test_a_lasting_refusal_is_explained_and_not_asked_again(
     assert math.isnan(score_one(reward))
     assert len(server.asked) == 1
     assert clock.sleeps == []
-    assert explained(status, "org/judge") == advice
+    assert reward.explained(status) == advice
     assert reward.last_error == f"{server.url} answers {advice}"
 
 
@@ -455,7 +361,7 @@ def test_unavailable_until_the_attempts_run_out_is_not_a_number(server: RewardSe
 def test_waits_double_up_to_half_a_minute_and_are_jittered(server: RewardServer, clock: Clock) -> None:
     server.answers(Reply(status=500))
     random.seed(3)
-    client(server, max_attempts=9, deadline_s=1000.0)([PROMPT], ["Hello."])
+    client(server, max_attempts=9, time_limit_s=1000.0)([PROMPT], ["Hello."])
     longest = [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     shares = [wait / most for wait, most in zip(clock.sleeps, longest, strict=True)]
     assert all(0.5 <= share <= 1.0 for share in shares)
@@ -577,7 +483,7 @@ def test_a_failure_that_passed_is_no_last_error(server: RewardServer, clock: Clo
 def test_the_deadline_ends_the_attempts(server: RewardServer, clock: Clock) -> None:
     """At 0, 30, 60 and 90 s; the wait after that would end at 120 s."""
     server.answers(Reply(status=503, headers={"Retry-After": "30"}))
-    reward = client(server, max_attempts=20, deadline_s=100.0)
+    reward = client(server, max_attempts=20, time_limit_s=100.0)
     assert math.isnan(score_one(reward))
     assert clock.sleeps == [30.0, 30.0, 30.0]
     assert len(server.asked) == 4
@@ -587,7 +493,7 @@ def test_the_deadline_ends_the_attempts(server: RewardServer, clock: Clock) -> N
 def test_a_wait_beyond_the_deadline_is_not_begun(server: RewardServer) -> None:
     server.answers(Reply(status=429, headers={"Retry-After": "30"}))
     start = time.monotonic()
-    assert math.isnan(score_one(client(server, deadline_s=0.5)))
+    assert math.isnan(score_one(client(server, time_limit_s=0.5)))
     assert time.monotonic() - start < 5.0
     assert len(server.asked) == 1
 
@@ -639,71 +545,107 @@ def test_no_more_than_parallel_requests_are_under_way(server: RewardServer) -> N
     assert most == 3
 
 
-def test_progress_is_told_once_for_each_completion_scored_or_not(server: RewardServer, clock: Clock) -> None:
-    server.answers(Reply(status=500), text_reply("reward:1.0"), Reply(status=404))
-    told: list[None] = []
+def test_scores_arrive_as_they_are_had_and_not_all_at_the_end(server: RewardServer) -> None:
+    """The second completion is held back until the score of the first has been received."""
+    received = threading.Event()
+
+    def respond(asked: Asked) -> Reply:
+        text = asked.body["messages"][-1]["content"]
+        if text == "2" and not received.wait(10.0):
+            return Reply(status=418)
+        return text_reply(f"reward:{text}")
+
+    server.respond = respond
+    arrived = []
+    for position, score in client(server).stream([PROMPT] * 2, ["1", "2"]):
+        arrived.append((position, score))
+        received.set()
+    assert arrived == [(0, 1.0), (1, 2.0)]
+
+
+def test_whoever_stops_listening_stops_the_asking(server: RewardServer) -> None:
+    reward = client(server, parallel_requests=2)
+    for _ in reward.stream([PROMPT] * 50, [str(i) for i in range(50)]):
+        break
+    assert len(server.asked) < 10
+
+
+def test_requests_and_failures_are_counted_by_kind(server: RewardServer, clock: Clock) -> None:
+    server.answers(
+        Reply(status=500), Reply(b"{}"), Reply(status=None), text_reply("reward:1.0"), Reply(status=422), Reply()
+    )
     reward = client(server, parallel_requests=1)
-    reward.on_progress = lambda: told.append(None)
-    assert reward([PROMPT] * 3, ["x"] * 3) == pytest.approx([1.0, math.nan, math.nan], nan_ok=True)
-    assert len(told) == 3
+    assert reward([PROMPT] * 2, ["x", "y"]) == pytest.approx([1.0, math.nan], nan_ok=True)
+    assert reward.calls == {"requests": 5, "500": 1, "no score": 1, "connection": 1, "422": 1}
 
 
-def begins_no_earlier_than_the_limit_allows(times: Sequence[float], start: float, interval_s: float) -> bool:
-    return all(moment >= start + i * interval_s for i, moment in enumerate(sorted(times)))
+# When it stops for good
 
 
-def test_requests_keep_to_the_limit_in_real_time_over_all_threads(server: RewardServer) -> None:
-    """At 1,200 a minute they are 50 ms apart, so the twelfth comes after 550 ms."""
-    reward = client(server, requests_per_minute=1200, parallel_requests=6)
-    start = time.monotonic()
-    assert reward([PROMPT] * 6, ["x"] * 6) == [-12.5] * 6
-    assert reward([PROMPT] * 6, ["x"] * 6) == [-12.5] * 6
-    assert begins_no_earlier_than_the_limit_allows([asked.arrived_s for asked in server.asked], start, 0.05)
-    assert 0.55 <= time.monotonic() - start < 5.0
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 410])
+def test_after_a_lasting_refusal_nothing_more_is_asked(server: RewardServer, status: int) -> None:
+    server.answers(text_reply("reward:1.0"), Reply(status=status))
+    reward = client(server, parallel_requests=1)
+    scores = reward([PROMPT] * 9, [str(i) for i in range(9)])
+    assert scores == pytest.approx([1.0] + [math.nan] * 8, nan_ok=True)
+    assert len(server.asked) == 2
+    assert reward.last_error == f"{server.url} answers {reward.explained(status)}"
 
 
-def test_no_two_threads_get_the_same_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time stands still and threads are switched as often as can be, so a turn given twice shows."""
-    waits: list[float] = []
-    standing = SimpleNamespace(monotonic=lambda: 1000.0, sleep=waits.append)
-    monkeypatch.setattr(nemotron, "time", standing)
-    limiter = RateLimiter(60)
-
-    def work() -> None:
-        for _ in range(2000):
-            limiter.wait()
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval_s)
-    assert sorted(waits) == [float(turn) for turn in range(16_000)]
+def test_a_refused_conversation_stops_no_other(server: RewardServer) -> None:
+    server.answers(*[Reply(status=422)] * 15, text_reply("reward:1.0"))
+    scores = client(server, parallel_requests=1)([PROMPT] * 16, [str(i) for i in range(16)])
+    assert [math.isnan(score) for score in scores] == [True] * 15 + [False]
 
 
-def test_the_limiter_spaces_calls_evenly_and_saves_nothing_up(clock: Clock) -> None:
-    limiter = RateLimiter(40)
-    times = []
-    for pause_s in (0.0, 0.0, 1.0, 100.0, 0.0):
-        clock.now += pause_s
-        limiter.wait()
-        times.append(clock.now - 1000.0)
-    assert times == [0.0, 1.5, 3.0, 103.0, 104.5]
+def test_a_dead_server_is_given_up_after_a_run_of_failures(server: RewardServer, clock: Clock) -> None:
+    """Ten failures in a row, where eighty conversations of five attempts would have been four hundred."""
+    server.answers(Reply(status=500))
+    reward = client(server, parallel_requests=1)
+    assert all(math.isnan(score) for score in reward([PROMPT] * 80, ["x"] * 80))
+    assert len(server.asked) == 10
+    assert reward.last_error == f"{server.url} answers 500 (10 times in a row)"
 
 
-def test_no_limit_never_waits(clock: Clock) -> None:
-    limiter = RateLimiter(0)
-    for _ in range(100):
-        limiter.wait()
-    assert clock.sleeps == []
+def test_any_score_ends_a_run_of_failures(server: RewardServer, clock: Clock) -> None:
+    server.respond = lambda asked: Reply(status=500) if asked.index % 5 else text_reply("reward:1.0")
+    scores = client(server, parallel_requests=1)([PROMPT] * 20, ["x"] * 20)
+    assert scores == [1.0] * 20
+    assert len(server.asked) > 60
+
+
+def test_being_throttled_is_not_being_dead(server: RewardServer, clock: Clock) -> None:
+    server.answers(*[Reply(status=429)] * 12, text_reply("reward:1.0"))
+    assert score_one(client(server, max_attempts=20)) == 1.0
+
+
+def test_no_more_than_max_calls_are_made_and_the_rest_says_so(server: RewardServer, clock: Clock) -> None:
+    server.answers(Reply(status=500), text_reply("reward:1.0"))
+    reward = client(server, parallel_requests=1, max_calls=3)
+    assert reward([PROMPT] * 4, list("abcd")) == pytest.approx([1.0, 1.0, math.nan, math.nan], nan_ok=True)
+    assert len(server.asked) == 3
+    assert reward.last_error == "max_calls=3 is used up; start again to go on, or raise it"
+
+
+def test_the_time_limit_is_for_all_scores_together(server: RewardServer) -> None:
+    """A hundred hanging requests of half a second, four at a time, would take over a minute with their attempts."""
+    server.respond = lambda asked: (time.sleep(0.6), Reply(status=None))[1]
+    reward = client(server, parallel_requests=4, timeout_s=0.5, time_limit_s=1.5)
+    started = time.monotonic()
+    scores = reward([PROMPT] * 100, ["x"] * 100)
+    assert time.monotonic() - started < 1.5 + 1.0
+    assert all(math.isnan(score) for score in scores)
+    assert reward.last_error
+
+
+def test_processes_share_the_calls_and_machines_the_rate(server: RewardServer) -> None:
+    reward = client(server, requests_per_minute=40, max_calls=100)
+    reward.share_budget(processes=8, machines=2)
+    assert reward.max_calls == 12
+    assert reward.limiter.per_minute == 20
 
 
 def test_a_further_attempt_counts_against_the_limit(server: RewardServer, clock: Clock) -> None:
     server.answers(Reply(status=500), text_reply("reward:2.5"))
-    assert score_one(client(server, requests_per_minute=6)) == 2.5
-    assert clock.now == pytest.approx(1010.0)
+    assert score_one(client(server, requests_per_minute=1)) == 2.5
+    assert clock.now >= 1000.0 + rate_limit.WINDOW_S

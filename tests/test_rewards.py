@@ -15,7 +15,8 @@ from demo.judge import BEST, WORST, judge
 from demo.tasks import KINDS, OPPOSITES, Kind, draw_exercise, right_answer, wrong_answer
 from lightning_modules.loading import load_reward_model
 from lightning_modules.rewards import ModelReward, Reward, WeightedReward, resolve_reward
-from lightning_modules.rewards.base import preflight, reward_name
+from lightning_modules.rewards.base import reward_name
+from lightning_modules.rewards.preflight import preflight
 from lightning_modules.rewards.rules import Mentions, brevity
 
 PROMPT = [{"role": "user", "content": "Hi"}]
@@ -102,6 +103,8 @@ def test_a_directory_is_its_reward_model(reward_dir: Path, monkeypatch: pytest.M
             "lightning_modules.rewards.rules.brevty",
             "no reward at the import path 'lightning_modules.rewards.rules.brevty'",
         ),
+        ("os.system", "no reward at the import path 'os.system'"),
+        ("subprocess.call", "no reward at the import path 'subprocess.call'"),
         ("outputs/never-made", "model directory outputs/never-made does not exist"),
     ],
 )
@@ -109,6 +112,14 @@ def test_a_text_that_is_no_reward_names_the_option_to_change(text: str, message:
     with pytest.raises(ConfigurationError, match=message) as caught:
         resolve_reward(text, option="evaluation.reward")
     assert "evaluation.reward" in str(caught.value)
+
+
+def test_a_function_without_annotations_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "polite_rewards.py").write_text(
+        "def polite(prompts, completions):\n    return [float('please' in text.lower()) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_reward("polite_rewards.polite")([PROMPT] * 2, ["Please go.", "Go."]) == [1.0, 0.0]
 
 
 def test_a_directory_without_a_model_is_refused_before_any_score(tmp_path: Path) -> None:

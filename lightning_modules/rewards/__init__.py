@@ -2,6 +2,17 @@
 
 from lightning_modules.rewards.base import Reward, WeightedReward, resolve_reward
 from lightning_modules.rewards.nemotron import NemotronReward
-from lightning_modules.rewards.reward_model import ModelReward
+from lightning_modules.rewards.reward_model import CausalModelReward, ModelReward
+from lightning_modules.rewards.sglang import SGLangReward
+from lightning_modules.rewards.vllm import VLLMReward
 
-__all__ = ["ModelReward", "NemotronReward", "Reward", "WeightedReward", "resolve_reward"]
+__all__ = [
+    "CausalModelReward",
+    "ModelReward",
+    "NemotronReward",
+    "Reward",
+    "SGLangReward",
+    "VLLMReward",
+    "WeightedReward",
+    "resolve_reward",
+]

@@ -1,5 +1,9 @@
 """The Reward protocol, weighted sums of rewards, and from an option's value to a reward."""
 
+import hashlib
+import importlib
+import inspect
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
-from lightning_modules.loading import model_identity
 from lightning_modules.rewards.reward_model import ModelReward
 
 
@@ -50,7 +53,10 @@ class WeightedReward:
         return next(filter(None, (getattr(reward, "last_error", "") for reward in self.rewards)), "")
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
-        columns = [reward(prompts, completions) for reward in self.rewards]
+        return self.combined([reward(prompts, completions) for reward in self.rewards])
+
+    def combined(self, columns: Sequence[Sequence[float]]) -> list[float]:
+        """The weighted sums, from each part's scores."""
         return [sum(w * s for w, s in zip(self.weights, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -62,12 +68,27 @@ def resolve_reward(reward: Reward | str, *, option: str = "model.reward") -> Rew
     """
     if not isinstance(reward, str):
         return reward
-    if not Path(reward).is_dir() and ("." in reward and "/" not in reward):
+    if Path(reward).is_dir() or "/" in reward or "." not in reward:
+        return ModelReward(model_name=reward, option=option)
+    function = _imported(reward)
+    if function is None:
         raise ConfigurationError(
-            f"no reward at the import path {reward!r}: name a class, or a function "
-            f"(prompts, completions) -> list[float], in {option}"
+            f"no reward at the import path {reward!r}: name in {option} a function (prompts, completions) -> "
+            "list[float], or a class that is called like that and annotated as lightning_modules.rewards.Reward"
         )
-    return ModelReward(model_name=reward, option=option)
+    return function
+
+
+def _imported(path: str) -> Reward | None:
+    """The function at an import path, if it takes prompts and completions; jsonargparse itself demands annotations."""
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+    if not inspect.isfunction(function) or list(inspect.signature(function).parameters) != ["prompts", "completions"]:
+        return None
+    return function
 
 
 def reward_name(reward: Reward) -> str:
@@ -78,17 +99,26 @@ def reward_name(reward: Reward) -> str:
     return getattr(reward, "__qualname__", None) or type(reward).__qualname__
 
 
-def reward_identity(reward: Reward) -> list[Any]:
-    """What tells a source from another: its name, its options, and its parts' and its weights' identity."""
-    attributes: dict[str, Any] = dict(getattr(reward, "__dict__", {}))
-    parts = [reward_identity(part) for part in attributes.pop("rewards", [])]
-    options = {
-        name: value
-        for name, value in attributes.items()
-        if name != "last_error" and not name.startswith("_") and isinstance(value, (str, int, float, list))
-    }
-    weights = model_identity(reward.model_name) if isinstance(reward, ModelReward) else []
-    return [reward_name(reward), options, parts, weights]
+def reward_identity(reward: Reward) -> list[Any] | None:
+    """What tells a source of scores from another, for keeping its scores; None where they cannot be kept.
+
+    A reward says so itself in ``identity``. Any other function or object is known by its name, its public options and
+    the text of the file that defines it; one that is made on the spot, or holds anything but plain values, by nothing.
+    """
+    own = getattr(reward, "identity", None)
+    if own is not None:
+        return list(own)
+    definition: Any = reward if inspect.isroutine(reward) else type(reward)
+    options = {} if inspect.isroutine(reward) else {k: v for k, v in vars(reward).items() if k != "last_error"}
+    if "<" in definition.__qualname__:  # a lambda, or a function within a function
+        return None
+    try:
+        text = Path(inspect.getfile(definition)).read_bytes()
+        json.dumps(options)
+    except (TypeError, OSError):
+        return None
+    name = f"{definition.__module__}.{definition.__qualname__}"
+    return [name, options, hashlib.sha256(text).hexdigest()]
 
 
 def checked_scores(reward: Reward, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
@@ -103,15 +133,3 @@ def checked_scores(reward: Reward, prompts: Sequence[Sequence[Message]], complet
             f"the reward {reward_name(reward)} must return {len(completions)} scores, got {len(scores)}"
         )
     return [float(score) if score is not None and math.isfinite(score) else math.nan for score in scores]
-
-
-def preflight(reward: Reward, prompt: Sequence[Message], *, option: str) -> None:
-    """Ask for one score before expensive work starts.
-
-    Raises:
-        ConfigurationError: If the source says why it gives none: a server that is down, a key that is refused.
-    """
-    score = checked_scores(reward, [prompt], ["I am not sure."])[0]
-    reason = getattr(reward, "last_error", "")
-    if math.isnan(score) and reason:
-        raise ConfigurationError(f"the reward source {reward_name(reward)} does not answer: {reason}; change {option}")

@@ -1,15 +1,20 @@
-"""Scores from a local sequence-classification model: the suite's own reward stage, or one from the hub."""
+"""Scores from a local reward model: the suite's own reward stage, or one from the hub."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
-from datamodules.batches import pad
+from datamodules.batches import TokenBatch, pad
 from datamodules.chat import Message, encode_conversation, load_tokenizer, tail_ids
-from lightning_modules.forward import sequence_scores
-from lightning_modules.loading import load_config, load_reward_model
+from lightning_modules.forward import position_ids, sequence_scores
+from lightning_modules.identity import directory_digest
+from lightning_modules.loading import load_causal_lm, load_config, load_reward_model
 
 
 class ModelReward:
@@ -19,19 +24,31 @@ class ModelReward:
         model_name: Hub id or directory of a sequence classifier with one label.
         batch_size: Conversations per forward pass.
         max_length: Longest conversation in tokens; a longer one is NaN rather than cut.
+        dtype: Of the weights; ``bfloat16`` halves the memory and rounds the scores.
         option: The option to name in an error.
     """
 
     def __init__(
-        self, model_name: str, batch_size: int = 32, max_length: int = 4096, option: str = "model.reward"
+        self,
+        model_name: str,
+        batch_size: int = 32,
+        max_length: int = 4096,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        option: str = "model.reward",
     ) -> None:
         load_config(model_name, option=option)
         self.model_name = model_name
         self.name = model_name
         self.batch_size = batch_size
         self.max_length = max_length
+        self.dtype = dtype
         self.option = option
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What tells this source of scores from another."""
+        return [type(self).__name__, directory_digest(self.model_name), self.max_length, self.dtype]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
@@ -53,7 +70,7 @@ class ModelReward:
             )
             batch = type(batch)(*(tensor.to(model.device) for tensor in batch))
             with torch.autocast(model.device.type, enabled=False):  # the same score within training and without
-                batch_scores = sequence_scores(model, batch).tolist()
+                batch_scores = self.read_scores(model, batch).tolist()
             for row, score in zip(rows, batch_scores, strict=True):
                 scores[row] = score
         return scores
@@ -63,7 +80,46 @@ class ModelReward:
         if self._loaded is None:
             tokenizer = load_tokenizer(self.model_name)
             with torch.inference_mode(False):  # whoever asks first may be in a validation
-                model: Any = load_reward_model(self.model_name, tokenizer, new_head=False, option=self.option)
-                model.to("cuda" if torch.cuda.is_available() else "cpu")
+                model: Any = self.load_model(tokenizer)
+                model.to(device="cuda" if torch.cuda.is_available() else "cpu", dtype=getattr(torch, self.dtype))
             self._loaded = model.eval().requires_grad_(False), tokenizer
         return self._loaded
+
+    def load_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model as it is read."""
+        return load_reward_model(self.model_name, tokenizer, new_head=False, option=self.option)
+
+    def read_scores(self, model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, " batch"]:
+        """One score for each row."""
+        return sequence_scores(model, batch)
+
+
+class CausalModelReward(ModelReward):
+    """A causal language model whose score is the logit of token 0 at the last position, as Nemotron-70B-Reward-HF's.
+
+    A plain language model would be read there too, so this is never chosen by itself: name the class.
+
+    Args:
+        model_name: Hub id or directory of the model.
+        batch_size: Conversations per forward pass.
+        max_length: Longest conversation in tokens; a longer one is NaN rather than cut.
+        dtype: Of the weights; ``bfloat16`` halves the memory and rounds the scores.
+        option: The option to name in an error.
+    """
+
+    @override
+    def load_model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        return load_causal_lm(self.model_name, tokenizer, option=self.option)
+
+    @override
+    def read_scores(self, model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, " batch"]:
+        last = batch.attention_mask.sum(1) - 1  # rows are padded on the right
+        columns, column = last.unique(return_inverse=True)
+        logits: Tensor = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=position_ids(batch.attention_mask),
+            logits_to_keep=columns,
+            use_cache=False,
+        ).logits
+        return logits[torch.arange(len(column), device=column.device), column, 0].float()

@@ -1,0 +1,67 @@
+"""Completions of an evaluation: from the cache where they are kept, else sampled, and kept batch by batch."""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from callbacks.evaluation_cache import EvaluationCache, cache_key
+from callbacks.evaluation_metrics import Side
+from datamodules.chat import Message, encode_conversation, stop_token_ids
+from lightning_modules.generation import Samples
+
+
+class Decoding(NamedTuple):
+    """How completions are sampled."""
+
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def complete(
+    sample: Callable[[list[Tensor], list[int]], Samples],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: dict[int, list[Message]],
+    *,
+    model_digest: str,
+    decoding: Decoding,
+    batch_size: int,
+    cache: EvaluationCache,
+    on_completion: Callable[[int], object],
+) -> list[Side]:
+    """A completion for each prompt, the same whenever model, prompts and decoding are.
+
+    Args:
+        sample: From unpadded prompts and a seed each to samples; not called where all completions are kept.
+        tokenizer: The model's.
+        prompts: By their number in the evaluation, which the seed of a completion depends on.
+        model_digest: What tells the model, and the arithmetic that runs it, from others.
+        decoding: How to sample.
+        batch_size: Prompts completed at once.
+        cache: Where completions are kept.
+        on_completion: Called with the number of completions that are there.
+    """
+    encoded = {
+        number: encode_conversation(tokenizer, messages, add_generation_prompt=True).input_ids
+        for number, messages in prompts.items()
+    }
+    seeds = {number: random.Random(f"{decoding.seed}-{number}").getrandbits(63) for number in prompts}
+    stops = stop_token_ids(tokenizer)
+    keys = {n: cache_key(model_digest, encoded[n], stops, seeds[n], list(decoding)) for n in prompts}
+    sides = {n: Side(*kept) for n in prompts if (kept := cache.completion(keys[n])) is not None}
+    on_completion(len(sides))
+    missing = [number for number in prompts if number not in sides]
+    for start in range(0, len(missing), batch_size):
+        numbers = missing[start : start + batch_size]
+        samples = sample([torch.tensor(encoded[n]) for n in numbers], [seeds[n] for n in numbers])
+        lengths = samples.completion_lengths().tolist()
+        for number, text, length in zip(numbers, samples.texts(tokenizer), lengths, strict=True):
+            cache.keep_completion(keys[number], text, length)
+            sides[number] = Side(text, length)
+        on_completion(len(numbers))
+    return [sides[number] for number in prompts]

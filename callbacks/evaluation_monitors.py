@@ -1,0 +1,59 @@
+"""Fits the callbacks that monitor the evaluation, best checkpoint and early stopping, to epochs that have none."""
+
+from collections.abc import Callable
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from datamodules.errors import ConfigurationError
+
+HIGHER_IS_BETTER = {
+    "eval/win_rate",
+    "eval/length_controlled_win_rate",
+    "eval/reward_improvement",
+    "eval/average_reward",
+}
+
+
+class Monitors:
+    """Which metrics of the evaluation are monitored, and whether they have been had.
+
+    A checkpoint callback is given NaN where an epoch was not evaluated, which it ranks below any number. Early
+    stopping would stop at a NaN, or count it as an epoch without improvement, so it is not asked at all.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.evaluated = False
+        """Whether the epoch has a valid evaluation."""
+
+    def watch(self, trainer: Trainer, *, evaluates: bool) -> None:
+        """Find the callbacks that monitor the evaluation.
+
+        Raises:
+            ConfigurationError: If one monitors what is never evaluated, or would keep the worst.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+                continue
+            monitor = str(callback.monitor)
+            if not monitor.startswith("eval/"):
+                continue
+            if not evaluates:
+                raise ConfigurationError(f"{monitor} is monitored but never evaluated; raise evaluation.num_prompts")
+            if monitor in HIGHER_IS_BETTER and callback.mode != "max":
+                raise ConfigurationError(
+                    f"{monitor} is better when it is higher; set the mode of {type(callback).__name__} to max "
+                    "(--checkpoint.mode max)"
+                )
+            if isinstance(callback, EarlyStopping):
+                for hook in ("on_validation_end", "on_train_epoch_end"):
+                    setattr(callback, hook, self._where_evaluated(getattr(callback, hook)))
+            self.names.add(monitor)
+
+    def _where_evaluated(self, check: Callable[[Trainer, LightningModule], None]) -> Callable[..., None]:
+        def checked(trainer: Trainer, pl_module: LightningModule) -> None:
+            if self.evaluated:
+                check(trainer, pl_module)
+
+        return checked

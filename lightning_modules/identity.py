@@ -1,0 +1,35 @@
+"""What tells a model from another of the same name: a digest of its content."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+BLOCK = 1 << 22
+
+
+def directory_digest(model_name: str) -> str:
+    """Of a model directory's weights, configuration, tokenizer and template; of a hub model its commit."""
+    directory = Path(model_name)
+    if not directory.is_dir():
+        return f"{model_name}@{getattr(AutoConfig.from_pretrained(model_name), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.suffix in CONTENT and file.is_file():
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+            with file.open("rb") as content:
+                while block := content.read(BLOCK):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of the weights as they are: every parameter's and buffer's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

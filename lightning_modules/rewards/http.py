@@ -1,0 +1,165 @@
+"""What rewards behind HTTP share: the session and its key, the limits, and scores as they arrive."""
+
+import ipaddress
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import requests
+
+from datamodules.chat import Message
+from datamodules.errors import ConfigurationError
+from lightning_modules.rewards.asking import Asking
+from lightning_modules.rewards.rate_limit import RateLimiter
+
+ALTERNATIVES = (
+    "name another model, a server of your own (NemotronReward on a NIM, VLLMReward, SGLangReward), "
+    "or a local reward model such as Skywork/Skywork-Reward-V2-Qwen3-0.6B"
+)
+
+
+class HTTPReward:
+    """Base of the rewards behind HTTP: a subclass says what to send and where the score is in the reply.
+
+    A completion that could not be scored is NaN, and ``last_error`` says why in one line without the key. The key
+    comes from the environment alone, and goes over TLS or to this machine only.
+
+    Args:
+        model: The model's name on the server.
+        base_url: The API's address.
+        requests_per_minute: Shared by every process of this user on this machine; 0 for no limit.
+        parallel_requests: Most requests under way at once.
+        timeout_s: For a request to be answered, and again for its reply to be complete.
+        max_attempts: Tries per completion, the first included.
+        time_limit_s: For all scores of one call together; what is not scored by then stays unscored.
+        max_calls: Most requests of this process, further attempts included; no limit where not given.
+    """
+
+    key_variable: ClassVar[str]
+    """The environment variable that holds the key."""
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        requests_per_minute: int = 0,
+        parallel_requests: int = 8,
+        timeout_s: float = 30.0,
+        max_attempts: int = 5,
+        time_limit_s: float = 3600.0,
+        max_calls: int | None = None,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"the base_url of the reward must begin with http:// or https://, got {base_url!r}"
+            )
+        for option, value in (
+            ("parallel_requests", parallel_requests),
+            ("max_attempts", max_attempts),
+            ("max_calls", 1 if max_calls is None else max_calls),
+        ):
+            if value < 1:
+                raise ConfigurationError(f"the reward's {option} must be at least 1, got {value}")
+        for name, seconds in (("timeout_s", timeout_s), ("time_limit_s", time_limit_s)):
+            if seconds <= 0:
+                raise ConfigurationError(f"the reward's {name} must be positive, got {seconds}")
+        self.model = model
+        self.name = model
+        self.base_url = base_url.rstrip("/")
+        self.requests_per_minute: int | float = requests_per_minute
+        self.parallel_requests = parallel_requests
+        self.timeout_s = timeout_s
+        self.max_attempts = max_attempts
+        self.time_limit_s = time_limit_s
+        self.max_calls = max_calls
+        self.last_error = ""
+        """Why the last completion without a score has none."""
+        self.calls: Counter[str] = Counter()
+        """Requests so far under ``requests``, and failed ones by what failed."""
+        self.limiter = RateLimiter(requests_per_minute, self.base_url)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells this source of scores from another."""
+        return [type(self).__name__, self.base_url, self.model]
+
+    def request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
+        """The path below ``base_url`` to ask for a conversation's score, and the JSON to send."""
+        raise NotImplementedError
+
+    def parse(self, reply: Any) -> float:
+        """The score in a decoded reply; any of the usual lookup and conversion errors where there is none."""
+        raise NotImplementedError
+
+    def demand_key(self) -> None:
+        """Raise a ConfigurationError where the server cannot be asked without a key and there is none."""
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        scores = dict(self.stream(prompts, completions))
+        return [scores[index] for index in range(len(completions))]
+
+    def stream(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> Iterator[tuple[int, float]]:
+        """Each completion's position and score, in the order in which the scores arrive."""
+        wanted = [
+            self.request([*prompt, {"role": "assistant", "content": text}])
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        if not wanted:
+            return
+        with self._session() as session, ThreadPoolExecutor(self.parallel_requests) as pool:
+            asking = Asking(self, session)
+            futures = {pool.submit(asking.score, path, body): i for i, (path, body) in enumerate(wanted)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:  # whoever listened may have had enough
+                asking.stop("interrupted")
+
+    def share_budget(self, *, processes: int, machines: int) -> None:
+        """Take a part of ``max_calls`` and, as the limit is shared within a machine alone, of the rate."""
+        self.limiter = RateLimiter(self.requests_per_minute / machines, self.base_url)
+        if self.max_calls is not None:
+            self.max_calls = max(1, self.max_calls // processes)
+
+    def _session(self) -> requests.Session:
+        session = requests.Session()
+        session.trust_env = False  # a netrc entry would replace the Authorization header
+        session.proxies = requests.utils.get_environ_proxies(self.base_url)
+        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=self.parallel_requests)
+        session.mount("https://", adapter)
+        session.mount("http://", adapter)
+        key = os.environ.get(self.key_variable, "").strip()
+        if key and keeps_a_secret(self.base_url):
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise ConfigurationError(f"{self.key_variable} holds a space or a letter that no key has; set it again")
+            session.headers["Authorization"] = f"Bearer {key}"
+        else:
+            self.demand_key()
+        return session
+
+    def explained(self, status: int) -> str:
+        """A refusal, with what to do about it."""
+        advice = {
+            401: f"the key is not accepted, check {self.key_variable}",
+            402: "the account has no credits left; add some, or judge with a reward model of your own",
+            403: f"the key may not use this model, check {self.key_variable}",
+            404: f"the model {self.model} is not there for this account; {ALTERNATIVES}",
+            410: f"the model {self.model} was retired; {ALTERNATIVES}",
+            422: "the conversation is refused, it may be too long",
+        }
+        return f"{status}: {advice[status]}" if status in advice else str(status)
+
+
+def keeps_a_secret(url: str) -> bool:
+    """Whether a key may be sent there: over TLS, or without leaving this machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,101 @@
+"""What is asked of a reward source before expensive work: an answer, good judgement, and how long it will take."""
+
+import math
+import random
+import time
+from collections.abc import Sequence
+
+from datamodules.chat import Message
+from datamodules.errors import ConfigurationError
+from lightning_modules.rewards.base import Reward, WeightedReward, checked_scores, reward_name
+from lightning_modules.rewards.http import HTTPReward
+from lightning_modules.rewards.reward_model import ModelReward
+
+
+def preflight(reward: Reward, prompt: Sequence[Message], *, option: str) -> None:
+    """Ask for one score.
+
+    Raises:
+        ConfigurationError: If the source says why it gives none: a server that is down, a key that is refused.
+    """
+    score = checked_scores(reward, [prompt], ["I am not sure."])[0]
+    reason = getattr(reward, "last_error", "")
+    if math.isnan(score) and reason:
+        raise ConfigurationError(f"the reward source {reward_name(reward)} does not answer: {reason}; change {option}")
+
+
+def judge_preflight(reward: Reward, *, option: str) -> float:
+    """Ask a reward model to score a clearly good and a clearly bad answer.
+
+    The question differs from one start to the next, so that no cache on the way can answer it.
+
+    Returns:
+        Seconds that an answer took.
+
+    Raises:
+        ConfigurationError: If it gives no scores, or the bad answer's is not the lower one.
+    """
+    number = random.SystemRandom().randrange(10, 98)
+    prompt = [{"role": "user", "content": f"What is one more than {number}?"}]
+    good, bad = f"{number + 1} is one more than {number}.", "No idea."
+    started = time.monotonic()
+    good_score, bad_score = checked_scores(reward, [prompt, prompt], [good, bad])
+    seconds = time.monotonic() - started
+    if math.isnan(good_score) or math.isnan(bad_score):
+        reason = getattr(reward, "last_error", "") or "it returned no number"
+        raise ConfigurationError(f"the reward source {reward_name(reward)} does not answer: {reason}; change {option}")
+    if good_score <= bad_score:
+        raise ConfigurationError(
+            f"the reward source {reward_name(reward)} scores {good!r} at {good_score:g} and {bad!r} at {bad_score:g}, "
+            f"so it cannot tell a good answer to {prompt[0]['content']!r} from a bad one; change {option}, or set "
+            "evaluation.check_judge to false if it is made for other questions"
+        )
+    return seconds / 2
+
+
+def is_model(reward: Reward) -> bool:
+    """Whether the source is a reward model, of which good judgement may be asked; a rule may want anything."""
+    return isinstance(reward, (HTTPReward, ModelReward))
+
+
+def remote_parts(reward: Reward) -> list[HTTPReward]:
+    """The sources behind HTTP that a reward is made of."""
+    if isinstance(reward, WeightedReward):
+        return [part for inner in reward.rewards for part in remote_parts(inner)]
+    return [reward] if isinstance(reward, HTTPReward) else []
+
+
+def time_plan(reward: HTTPReward, prompts: int, answer_s: float) -> str:
+    """How long the calls of an evaluation take, as a sentence.
+
+    Args:
+        reward: The source, whose limits count.
+        prompts: How many prompts, of two completions each.
+        answer_s: Seconds that an answer takes.
+
+    Raises:
+        ConfigurationError: If the source's own limits do not allow that many.
+    """
+    calls = 2 * prompts
+    if reward.max_calls is not None and calls > reward.max_calls:
+        raise ConfigurationError(
+            f"{prompts} prompts x 2 sides are {calls} calls, more than the reward's max_calls={reward.max_calls}; "
+            "lower evaluation.num_prompts or raise max_calls"
+        )
+    by_rate_s = 60.0 * calls / reward.requests_per_minute if reward.requests_per_minute else 0.0
+    seconds = max(by_rate_s, calls * answer_s / reward.parallel_requests)
+    if seconds > reward.time_limit_s:
+        raise ConfigurationError(
+            f"{prompts} prompts x 2 sides take about {seconds / 60:.0f} min, more than the reward's "
+            f"time_limit_s={reward.time_limit_s:g}; lower evaluation.num_prompts or raise time_limit_s"
+        )
+    rate = f" at {reward.requests_per_minute:g} a minute" if reward.requests_per_minute else ""
+    return (
+        f"evaluation: {prompts} prompts x 2 sides = {calls} calls{rate}, about {minutes(seconds)} the first time and "
+        f"{minutes(seconds / 2)} for each further epoch, as the reference's scores are kept"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{max(1.0, seconds):.0f} s"

@@ -1,0 +1,89 @@
+"""A limit of requests a minute that every process of a user on this machine shares."""
+
+import contextlib
+import getpass
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from datamodules.errors import ConfigurationError
+
+WINDOW_S = 61.0
+"""A minute, and a second for requests that travel at different speeds."""
+
+
+class RateLimiter:
+    """Lets at most so many requests through in any minute, over all threads and processes that name the same source.
+
+    The moments of the last minute's requests are in a small SQLite file, so a run that is started again after it
+    was killed still counts what it sent before.
+
+    Args:
+        per_minute: The limit; 0 for none.
+        source: What the limit is for; the URL of an API.
+    """
+
+    def __init__(self, per_minute: int | float, source: str) -> None:
+        if per_minute < 0:
+            raise ConfigurationError(f"the reward's requests_per_minute must not be negative, got {per_minute}")
+        self.per_minute = per_minute
+        self.source = source
+        self.path = limits_file()
+
+    def wait(self, give_up_at: float = float("inf")) -> bool:
+        """Sleep until a request may go.
+
+        Args:
+            give_up_at: By ``time.monotonic()``; a turn that would come later is not waited for.
+
+        Returns:
+            Whether the request may go.
+        """
+        if not self.per_minute:
+            return True
+        while True:
+            pause_s = self._turn_in()
+            if pause_s <= 0:
+                return True
+            if time.monotonic() + pause_s > give_up_at:
+                return False
+            time.sleep(pause_s)
+
+    def _turn_in(self) -> float:
+        """Take a turn and return 0, or return the seconds until one may be free.
+
+        A limit below one a minute takes its one turn in a window that is as much longer.
+        """
+        turns = max(1, int(self.per_minute))
+        window_s = WINDOW_S * turns / self.per_minute
+        with self._file() as file:
+            now = time.time()
+            file.execute("DELETE FROM requests WHERE moment <= ? OR moment > ?", (now - 10 * window_s, now))
+            recent = [
+                moment
+                for (moment,) in file.execute(
+                    "SELECT moment FROM requests WHERE source = ? AND moment > ? ORDER BY moment DESC LIMIT ?",
+                    (self.source, now - window_s, turns),
+                )
+            ]
+            if len(recent) < turns:
+                file.execute("INSERT INTO requests VALUES (?, ?)", (self.source, now))
+                return 0.0
+            return max(0.001, float(recent[-1]) + window_s - now)
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[sqlite3.Connection]:
+        """The file, locked for writing."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=60.0, isolation_level=None)) as file:
+            file.execute("PRAGMA synchronous = OFF")  # what a power failure takes is a minute's moments
+            file.execute("BEGIN IMMEDIATE")
+            file.execute("CREATE TABLE IF NOT EXISTS requests (source TEXT, moment REAL)")
+            yield file
+            file.execute("COMMIT")
+
+
+def limits_file() -> Path:
+    """Where the moments are: in the machine's temporary directory, so that all runs of a user find it."""
+    return Path(tempfile.gettempdir()) / f"reward-requests-{getpass.getuser()}.sqlite"

@@ -1,0 +1,126 @@
+"""The limit of requests a minute: over threads, over processes, over a restart, and in any minute."""
+
+import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from datamodules.errors import ConfigurationError
+from lightning_modules.rewards import rate_limit
+from lightning_modules.rewards.rate_limit import RateLimiter
+
+SHORT_S = 0.4
+
+
+def keeps_to(limit: int, moments: list[float], window_s: float) -> bool:
+    """Whether no window has more moments than the limit."""
+    moments = sorted(moments)
+    return all(later - earlier >= window_s for earlier, later in zip(moments, moments[limit:], strict=False))
+
+
+def take(count: int, path: Path, moments: "multiprocessing.Queue[float]") -> None:
+    """What a process does: take turns, and say when it got them."""
+    rate_limit.limits_file = lambda: path  # type: ignore[assignment]
+    rate_limit.WINDOW_S = SHORT_S
+    limiter = RateLimiter(5, "source")
+    for _ in range(count):
+        limiter.wait()
+        moments.put(time.time())
+
+
+def test_no_window_has_more_turns_than_the_limit_over_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limit, "WINDOW_S", SHORT_S)
+    limiter = RateLimiter(7, "source")
+
+    def turn(_: int) -> float:
+        limiter.wait()
+        return time.time()
+
+    started = time.time()
+    with ThreadPoolExecutor(16) as pool:
+        moments = list(pool.map(turn, range(30)))
+    assert keeps_to(7, moments, 0.9 * SHORT_S)
+    assert not keeps_to(6, moments, 0.9 * SHORT_S)
+    assert time.time() - started < 4 * SHORT_S + 1.0, "30 turns of 7 a window fit in five windows"
+
+
+def test_two_processes_share_the_limit(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    moments: multiprocessing.Queue[float] = context.Queue()
+    processes = [context.Process(target=take, args=(8, tmp_path / "shared.sqlite", moments)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    got = [moments.get(timeout=30) for _ in range(16)]
+    for process in processes:
+        process.join(30)
+    assert keeps_to(5, got, 0.9 * SHORT_S)
+
+
+def test_what_was_sent_before_a_restart_counts(clock: "Clock") -> None:
+    RateLimiter(2, "source").wait()
+    RateLimiter(2, "source").wait()
+    assert RateLimiter(2, "source").wait(give_up_at=clock.now + 1.0) is False
+    assert clock.sleeps == []
+    assert RateLimiter(2, "source").wait()
+    assert clock.now == 1000.0 + rate_limit.WINDOW_S
+
+
+def test_sources_have_limits_of_their_own(clock: "Clock") -> None:
+    for source in ("one", "two", "three"):
+        RateLimiter(1, source).wait()
+    assert clock.sleeps == []
+
+
+def test_a_share_of_one_a_minute_waits_as_much_longer(clock: "Clock") -> None:
+    limiter = RateLimiter(0.5, "source")
+    limiter.wait()
+    limiter.wait()
+    assert clock.now == pytest.approx(1000.0 + 2 * rate_limit.WINDOW_S)
+
+
+def test_a_clock_that_was_set_back_does_not_block(clock: "Clock") -> None:
+    limiter = RateLimiter(1, "source")
+    clock.now += 1e6
+    limiter.wait()
+    clock.now -= 1e6
+    limiter.wait()
+    assert clock.sleeps == []
+
+
+def test_no_limit_never_waits_and_leaves_no_file(clock: "Clock") -> None:
+    limiter = RateLimiter(0, "source")
+    assert all(limiter.wait() for _ in range(100))
+    assert clock.sleeps == []
+    assert not limiter.path.exists()
+
+
+def test_a_negative_limit_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="requests_per_minute must not be negative, got -1"):
+        RateLimiter(-1, "source")
+
+
+class Clock:
+    """Stands in for the ``time`` module: time passes in sleeps alone."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.sleeps: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps.append(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    ticking = Clock()
+    monkeypatch.setattr(rate_limit, "time", ticking)
+    return ticking
