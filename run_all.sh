@@ -49,19 +49,27 @@ train() {
     "$python" cli.py fit --config "$configs/$config.yaml" "$@" ${resume[@]+"${resume[@]}"} ${extra[@]+"${extra[@]}"}
 }
 
-# evaluate NAME OPTIONS...: judge a stage's final model
+# judged NAME: whether a stage's final model has a valid evaluation
+judged() { grep --quiet '"valid": true' "$out/$1/eval/final/metrics.json" 2>/dev/null; }
+
+# evaluate NAME OPTIONS...: judge a stage's final model; one with too few scores is gone on with at the next start
 evaluate() {
-  local name=$1
+  local name=$1 metrics=$out/$1/eval/final/metrics.json
   shift
-  stage "evaluate $name" "$out/$name" "$out/$name/eval/final/metrics.json" \
+  judged "$name" || rm -f "$metrics"
+  stage "evaluate $name" "$out/$name" "$metrics" \
     "$python" cli.py validate --config "$configs/$name.yaml" --model.model_name "$out/$name/final" "$@"
+  if ! judged "$name"; then
+    printf '\ntoo many answers of %s have no score; start again to go on from those that have one\n' "$name" >&2
+    exit 1
+  fi
 }
 
 # unfinished: whether any of the three still has to be trained or judged
 unfinished() {
   local name
   for name in sft dpo rloo; do
-    [ -e "$out/$name/final/config.json" ] && [ -e "$out/$name/eval/final/metrics.json" ] || return 0
+    [ -e "$out/$name/final/config.json" ] && judged "$name" || return 0
   done
   return 1
 }

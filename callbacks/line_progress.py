@@ -62,5 +62,5 @@ class LineProgress(ProgressBar):
             pace = (done - self._first_step) / max(1e-9, self._printed - self._started)
             left = f"  {(total - done) / pace:.0f} s left" if pace and done < total else ""
             print(f"epoch {trainer.current_epoch}  step {done}/{total}  {shown}{left}", flush=True)
-        else:
+        elif shown:
             print(f"validation  {shown}", flush=True)
