@@ -1,17 +1,20 @@
 """Completions of an evaluation: from the cache where they are kept, else sampled, and kept batch by batch."""
 
+import functools
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.evaluation_cache import EvaluationCache, cache_key
 from callbacks.evaluation_metrics import Side
 from datamodules.chat import Message, encode_conversation, stop_token_ids
-from lightning_modules.generation import Samples
+from lightning_modules.generation import Samples, sample_completions
 
 
 class Decoding(NamedTuple):
@@ -21,6 +24,74 @@ class Decoding(NamedTuple):
     temperature: float
     top_p: float
     seed: int
+
+
+class Completer:
+    """Completes prompts in a run, under its precision.
+
+    Args:
+        trainer: The run.
+        decoding: How to sample.
+        batch_size: Prompts completed at once.
+        cache: Where completions are kept.
+    """
+
+    def __init__(self, trainer: Trainer, decoding: Decoding, batch_size: int, cache: EvaluationCache) -> None:
+        self.trainer = trainer
+        self.decoding = decoding
+        self.batch_size = batch_size
+        self.cache = cache
+
+    def __call__(
+        self,
+        load: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: dict[int, list[Message]],
+        *,
+        digest: str,
+        title: str,
+    ) -> list[Side]:
+        """A completion for each prompt.
+
+        Args:
+            load: Gives the model; not called where all completions are kept.
+            tokenizer: The model's.
+            prompts: By their number in the evaluation.
+            digest: Of the model's content.
+            title: Of the progress bar.
+        """
+        loaded = functools.cache(load)
+
+        def sample(prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
+            model = loaded()
+            with self.trainer.precision_plugin.forward_context():
+                return sample_completions(  # type: ignore[no-any-return]
+                    model,
+                    prompt_ids,
+                    max_completion_length=self.decoding.max_completion_length,
+                    stop_token_ids=stop_token_ids(tokenizer),
+                    seeds=seeds,
+                    temperature=self.decoding.temperature,
+                    top_p=self.decoding.top_p,
+                )
+
+        arithmetic = f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
+        with progress(self.trainer, title, len(prompts), "prompt") as bar:
+            return complete(
+                sample,
+                tokenizer,
+                prompts,
+                model_digest=f"{digest} {arithmetic}",
+                decoding=self.decoding,
+                batch_size=self.batch_size,
+                cache=self.cache,
+                on_completion=bar.update,
+            )
+
+
+def progress(trainer: Trainer, title: str, total: int, unit: str) -> Any:
+    """A bar on the first process."""
+    return tqdm(total=total, desc=title, unit=unit, disable=not trainer.is_global_zero, mininterval=1)
 
 
 def complete(
@@ -35,6 +106,8 @@ def complete(
     on_completion: Callable[[int], object],
 ) -> list[Side]:
     """A completion for each prompt, the same whenever model, prompts and decoding are.
+
+    That holds exactly on the CPU in float32; elsewhere what is sampled anew may depend on the batch it is sampled in.
 
     Args:
         sample: From unpadded prompts and a seed each to samples; not called where all completions are kept.

@@ -27,8 +27,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with null for every NaN in it."""
-    if isinstance(value, float) and math.isnan(value):
+    """The value with null for everything in it that is no finite number."""
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
         return {name: without_nan(item) for name, item in value.items()}

@@ -56,7 +56,7 @@ class Pair(NamedTuple):
         source: str | None = None,
     ) -> "Pair":
         """Decide the outcome; a pair with an unscored side is ``failed``."""
-        result = outcomes(torch.tensor([reward]), torch.tensor([reference_reward])).item()
+        result = outcomes(*torch.tensor([[reward], [reference_reward]], dtype=torch.float64)).item()
         return cls(
             prompt,
             policy.completion,
@@ -72,7 +72,8 @@ class Pair(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in self._asdict().items()}
+        fields = self._asdict().items()
+        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields}
 
 
 def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Fits the callbacks that monitor the evaluation, best checkpoint and early stopping, to epochs that have none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -13,6 +13,7 @@ HIGHER_IS_BETTER = {
     "eval/reward_improvement",
     "eval/average_reward",
 }
+HOOKS = ("on_validation_end", "on_train_epoch_end")
 
 
 class Monitors:
@@ -20,10 +21,15 @@ class Monitors:
 
     A checkpoint callback is given NaN where an epoch was not evaluated, which it ranks below any number. Early
     stopping would stop at a NaN, or count it as an epoch without improvement, so it is not asked at all.
+
+    Args:
+        known: The names that an evaluation logs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Set[str]) -> None:
+        self.known = known
         self.names: set[str] = set()
+        self._watched: list[EarlyStopping] = []
         self.evaluated = False
         """Whether the epoch has a valid evaluation."""
 
@@ -41,15 +47,27 @@ class Monitors:
                 continue
             if not evaluates:
                 raise ConfigurationError(f"{monitor} is monitored but never evaluated; raise evaluation.num_prompts")
+            if monitor not in self.known:
+                raise ConfigurationError(
+                    f"no evaluation logs {monitor}; monitor one of {', '.join(sorted(self.known))}"
+                )
             if monitor in HIGHER_IS_BETTER and callback.mode != "max":
                 raise ConfigurationError(
                     f"{monitor} is better when it is higher; set the mode of {type(callback).__name__} to max "
                     "(--checkpoint.mode max)"
                 )
             if isinstance(callback, EarlyStopping):
-                for hook in ("on_validation_end", "on_train_epoch_end"):
+                for hook in HOOKS:
                     setattr(callback, hook, self._where_evaluated(getattr(callback, hook)))
+                self._watched.append(callback)
             self.names.add(monitor)
+
+    def release(self) -> None:
+        """Leave the callbacks as they were."""
+        for callback in self._watched:
+            for hook in HOOKS:
+                delattr(callback, hook)
+        self._watched.clear()
 
     def _where_evaluated(self, check: Callable[[Trainer, LightningModule], None]) -> Callable[..., None]:
         def checked(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluation_metrics import Pair, cannot_tell
+from callbacks.evaluation_metrics import Pair, cannot_tell, evaluation_metrics
 from callbacks.metrics_file import MetricsFile
 
 COUNTS = {"wins", "ties", "losses", "failed", "prompts", "valid"}
@@ -57,6 +57,11 @@ def logged_numbers(metrics: dict[str, Any]) -> dict[str, float]:
     if not metrics["valid"]:
         numbers = {name: value if name in COUNTS else math.nan for name, value in numbers.items()}
     return {f"eval/{name}": value for name, value in numbers.items()}
+
+
+def logged_names() -> set[str]:
+    """The names of all that an evaluation logs."""
+    return set(logged_numbers({**evaluation_metrics([]), "valid": False}))
 
 
 def calls_told(calls: Counter[str]) -> dict[str, Any]:

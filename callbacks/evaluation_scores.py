@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from callbacks.evaluation_cache import EvaluationCache, cache_key
+from callbacks.evaluation_cache import EvaluationCache, ScoreMemory, cache_key
 from datamodules.chat import Message
 from lightning_modules.rewards import Reward, WeightedReward
 from lightning_modules.rewards.base import checked_scores, reward_identity
 from lightning_modules.rewards.http import HTTPReward
+
+CHUNK = 32
+"""Completions that a source without a stream of its own is asked about at once, and at a kill may be asked again."""
 
 
 class Scorer:
@@ -24,7 +27,7 @@ class Scorer:
         self,
         reward: Reward,
         cache: EvaluationCache,
-        memory: EvaluationCache,
+        memory: ScoreMemory,
         on_score: Callable[[int], object] = lambda count: None,
     ) -> None:
         self.reward = reward
@@ -46,8 +49,8 @@ class Scorer:
         if isinstance(reward, WeightedReward):
             return reward.combined([self._scores(part, prompts, completions) for part in reward.rewards])
         identity = reward_identity(reward)
-        kept = self.memory if identity is None else self.cache
-        keys = [cache_key(identity, list(p), text) for p, text in zip(prompts, completions, strict=True)]
+        kept: EvaluationCache | ScoreMemory = self.memory if identity is None else self.cache
+        keys = [cache_key(identity or id(reward), list(p), text) for p, text in zip(prompts, completions, strict=True)]
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         scores = {key: math.nan if (score := kept.score(key)) is None else score for key in first}
         missing = [key for key in dict.fromkeys(keys) if math.isnan(scores[key])]
@@ -72,5 +75,7 @@ def stream(
     """Each completion's position and score, as the source gives them."""
     if isinstance(reward, HTTPReward):
         yield from reward.stream(prompts, completions)
-    elif completions:
-        yield from enumerate(checked_scores(reward, prompts, completions))
+    else:
+        for start in range(0, len(completions), CHUNK):
+            part = slice(start, start + CHUNK)
+            yield from enumerate(checked_scores(reward, prompts[part], completions[part]), start)

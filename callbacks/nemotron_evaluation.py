@@ -1,45 +1,45 @@
 """Asks a reward model, at epoch end, whether the policy answers held-out prompts better than a reference model."""
 
-import functools
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from callbacks.evaluation_cache import EvaluationCache
-from callbacks.evaluation_completions import Decoding, complete
+from callbacks.evaluation_cache import EvaluationCache, ScoreMemory
+from callbacks.evaluation_completions import Completer, Decoding, progress
 from callbacks.evaluation_files import write
 from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
 from callbacks.evaluation_monitors import Monitors
-from callbacks.evaluation_report import calls_told, log_pairs, logged_numbers, report
+from callbacks.evaluation_report import calls_told, log_pairs, logged_names, logged_numbers, report
 from callbacks.evaluation_scores import Scorer
-from datamodules.chat import load_tokenizer, stop_token_ids
+from callbacks.ranks import Ranks
+from datamodules.chat import Message, load_tokenizer
 from datamodules.errors import ConfigurationError
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.generation import Samples, sample_completions
 from lightning_modules.identity import directory_digest, weights_digest
 from lightning_modules.loading import load_causal_lm, load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
 from lightning_modules.rewards.preflight import is_model, judge_preflight, preflight, remote_parts, time_plan
 
+SLACK_S = 3600.0
+"""How much longer than its scores another process may take for its completions."""
+
 
 class NemotronEvaluation(Callback):
     """Win rate against a reference model, average rewards, reward improvement and length ratio on held-out prompts.
 
     Both models complete the same prompts with the same seeds, so the policy compared with itself ties everywhere.
-    Completions and scores are kept on disk and never paid for twice: not by another epoch, method or process, nor
-    after a kill.
+    Completions and scores are kept on disk and not paid for again: not by another epoch, method or process, nor
+    after a kill. (Two processes that ask about the same at the same moment both do.)
 
     Args:
         reward: Who judges: the hosted Nemotron model unless another ``lightning_modules.rewards.Reward``, or the
@@ -102,9 +102,9 @@ class NemotronEvaluation(Callback):
         self.cache_dir = cache_dir
         self.check_judge = check_judge
         self._prompts: list[Prompt] = []
-        self._digests: dict[str, str] = {}
-        self._memory = EvaluationCache(Path(":memory:"))
-        self._monitors = Monitors()
+        self._memory = ScoreMemory()
+        self._monitors = Monitors(logged_names())
+        self._ranks: Ranks[Any] = Ranks(SLACK_S)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -118,22 +118,31 @@ class NemotronEvaluation(Callback):
             load_config(self.reference_model, option="evaluation.reference_model")
         elif stage == "validate":
             raise ConfigurationError("validate compares with evaluation.reference_model, which is not given")
-        data = getattr(trainer, "datamodule", None)
-        self._prompts = load_prompts(
-            self.dataset_name,
-            self.split,
-            tokenizer=load_tokenizer(pl_module.model_name),
-            count=self.num_prompts,
-            max_length=self.max_prompt_length,
-            held_out=True if self.dataset_name == getattr(data, "dataset_name", None) else None,
-        )
-        self._open_cache(trainer).close()
-        for part in remote_parts(self.reward):
-            part.share_budget(processes=trainer.world_size, machines=trainer.num_nodes)
-        told = self._preflight() if trainer.is_global_zero else None
-        told = trainer.strategy.broadcast(told)
-        if told is not None:
-            raise ConfigurationError(told)
+        sources = remote_parts(self.reward)
+        patience_s = SLACK_S + sum(source.time_limit_s for source in sources)
+        self._ranks = Ranks(patience_s)
+
+        def prepare() -> None:
+            data = getattr(trainer, "datamodule", None)
+            self._prompts = load_prompts(
+                self.dataset_name,
+                self.split,
+                tokenizer=load_tokenizer(pl_module.model_name),
+                count=self.num_prompts,
+                max_length=self.max_prompt_length,
+                held_out=True if self.dataset_name == getattr(data, "dataset_name", None) else None,
+            )
+            self._open_cache(trainer).close()
+            for source in sources:
+                source.share_budget(processes=trainer.world_size, rank=trainer.global_rank, machines=trainer.num_nodes)
+            if trainer.is_global_zero:
+                self._preflight()
+
+        self._ranks.gather(prepare)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._monitors.release()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,39 +166,71 @@ class NemotronEvaluation(Callback):
 
     def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> dict[str, Any]:
         """Complete, score, and write ``metrics.json`` and ``pairs.jsonl``; the same metrics on every rank."""
-        mine = list(range(trainer.global_rank, len(self._prompts), trainer.world_size))
-        before = sum((part.calls for part in remote_parts(self.reward)), Counter())
-        with self._open_cache(trainer) as cache:
-            policy = self._policy_completions(trainer, module, mine, cache)
-            reference = self._reference_completions(trainer, module, mine, cache)
-            scorer, scores = self._scores(trainer, mine, policy, reference, cache)
-        rows = {
-            number: Pair.of(
-                prompt.messages,
-                policy_side,
-                reference_side,
-                *scores[2 * i : 2 * i + 2],
-                prompt_tokens=prompt.tokens,
-                source=prompt.source,
-            )
-            for i, (number, policy_side, reference_side) in enumerate(zip(mine, policy, reference, strict=True))
-            if (prompt := self._prompts[number])
-        }
-        requests = sum((part.calls for part in remote_parts(self.reward)), Counter()) - before
-        calls = Counter(asked=scorer.asked, cached=scorer.cached) + requests
-        pairs, calls, reasons = gathered(rows, calls, scorer.error or getattr(self.reward, "last_error", ""))
+        shares = self._ranks.gather(lambda: self._share(trainer, module))
+        by_number = {number: pair for share in shares for number, pair in share.pairs.items()}
+        pairs = [by_number[number] for number in sorted(by_number)]
         metrics = {
             **evaluation_metrics(pairs),
             "reward_source": reward_name(self.reward),
             "reference": self.reference_model or module.model_name,
-            "calls": calls_told(calls),
+            "calls": calls_told(sum((share.calls for share in shares), Counter())),
         }
-        metrics["valid"] = metrics["failed"] <= self.max_failed_share * metrics["prompts"]
-        if trainer.is_global_zero:
-            write(directory, metrics, pairs)
-            report(metrics, reasons)
-            log_pairs(trainer.loggers, pairs)
+        failed, prompts = metrics["failed"], metrics["prompts"]
+        metrics["valid"] = failed <= self.max_failed_share * prompts and failed < prompts
+
+        def tell() -> None:
+            if trainer.is_global_zero:
+                write(directory, metrics, pairs)
+                report(metrics, list(dict.fromkeys(share.error for share in shares if share.error)))
+                log_pairs(trainer.loggers, pairs)
+
+        self._ranks.gather(tell)
         return metrics
+
+    def _share(self, trainer: Trainer, module: FineTuningModule) -> "EvaluationShare":
+        """This process's pairs."""
+        mine = {n: self._prompts[n] for n in range(trainer.global_rank, len(self._prompts), trainer.world_size)}
+        prompts = {number: prompt.messages for number, prompt in mine.items()}
+        sources = remote_parts(self.reward)
+        before = sum((source.calls for source in sources), Counter())
+        name = self.reference_model or module.model_name
+        reference_tokenizer = load_tokenizer(name)
+
+        def load_reference() -> PreTrainedModel:
+            model = load_causal_lm(name, reference_tokenizer, option="evaluation.reference_model").eval()
+            return model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type, no-any-return]
+
+        with contextlib.closing(self._open_cache(trainer)) as cache:
+            completer = Completer(trainer, self.decoding, self.batch_size, cache)
+            policy = completer(
+                lambda: module.model,
+                module.tokenizer,
+                prompts,
+                digest=weights_digest(module.model),
+                title="policy completions",
+            )
+            reference = completer(
+                load_reference,
+                reference_tokenizer,
+                prompts,
+                digest=directory_digest(name),
+                title="reference completions",
+            )
+            scorer, scores = self._scores(trainer, list(prompts.values()), policy, reference, cache)
+        pairs = {
+            number: Pair.of(prompt.messages, *sides, *both_scores, prompt_tokens=prompt.tokens, source=prompt.source)
+            for (number, prompt), sides, both_scores in zip(
+                mine.items(),
+                zip(policy, reference, strict=True),
+                zip(scores[::2], scores[1::2], strict=True),
+                strict=True,
+            )
+        }
+        requests = sum((source.calls for source in sources), Counter()) - before
+        calls = Counter(asked=scorer.asked, cached=scorer.cached) + requests
+        missing = any(pair.outcome == "failed" for pair in pairs.values())
+        error = scorer.error or (getattr(self.reward, "last_error", "") if missing else "")
+        return EvaluationShare(pairs, calls, error)
 
     def _evaluates(self, module: LightningModule) -> bool:
         return self.num_prompts > 0 and isinstance(module, FineTuningModule) and module.can_generate
@@ -209,19 +250,14 @@ class NemotronEvaluation(Callback):
             name = Path(trainer.ckpt_path).stem
         return Path(trainer.default_root_dir) / "eval" / name
 
-    def _preflight(self) -> str | None:
-        """Try the reward source and say how long an evaluation takes; the reason if it cannot be had."""
-        try:
-            answer_s = 0.0
-            if self.check_judge and is_model(self.reward):
-                answer_s = judge_preflight(self.reward, option="evaluation.reward")
-            else:
-                preflight(self.reward, self._prompts[0].messages, option="evaluation.reward")
-            for part in remote_parts(self.reward):
-                rank_zero_info(time_plan(part, len(self._prompts), answer_s))
-        except ConfigurationError as error:
-            return str(error)
-        return None
+    def _preflight(self) -> None:
+        """Try the reward source and say how long an evaluation takes."""
+        if self.check_judge and is_model(self.reward):
+            judge_preflight(self.reward, option="evaluation.reward")
+        else:
+            preflight(self.reward, self._prompts[0].messages, option="evaluation.reward")
+        for source in remote_parts(self.reward):
+            rank_zero_info(time_plan(source, len(self._prompts)))
 
     def _open_cache(self, trainer: Trainer) -> EvaluationCache:
         """One file for the runs beside this one; one more for each further machine, as SQLite's locks end there."""
@@ -229,105 +265,27 @@ class NemotronEvaluation(Callback):
         machine = f"-{trainer.node_rank}" if trainer.node_rank else ""
         return EvaluationCache(directory / f"evaluation{machine}.sqlite")
 
-    def _policy_completions(
-        self, trainer: Trainer, module: FineTuningModule, mine: Sequence[int], cache: EvaluationCache
-    ) -> list[Side]:
-        return self._complete(
-            trainer,
-            lambda: module.model,
-            module.tokenizer,
-            mine,
-            cache,
-            digest=weights_digest(module.model),
-            title="policy completions",
-        )
-
-    def _reference_completions(
-        self, trainer: Trainer, module: FineTuningModule, mine: Sequence[int], cache: EvaluationCache
-    ) -> list[Side]:
-        name = self.reference_model or module.model_name
-        tokenizer = load_tokenizer(name)
-
-        def load() -> PreTrainedModel:
-            model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
-            return model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type, no-any-return]
-
-        return self._complete(
-            trainer, load, tokenizer, mine, cache, digest=self._reference_digest(name), title="reference completions"
-        )
-
-    def _complete(
-        self,
-        trainer: Trainer,
-        load: Callable[[], PreTrainedModel],
-        tokenizer: PreTrainedTokenizerBase,
-        mine: Sequence[int],
-        cache: EvaluationCache,
-        *,
-        digest: str,
-        title: str,
-    ) -> list[Side]:
-        loaded = functools.cache(load)
-
-        def sample(prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
-            model = loaded()
-            with trainer.precision_plugin.forward_context():
-                return sample_completions(  # type: ignore[no-any-return]
-                    model,
-                    prompt_ids,
-                    max_completion_length=self.decoding.max_completion_length,
-                    stop_token_ids=stop_token_ids(tokenizer),
-                    seeds=seeds,
-                    temperature=self.decoding.temperature,
-                    top_p=self.decoding.top_p,
-                )
-
-        arithmetic = f"{trainer.precision} {trainer.strategy.root_device.type}"
-        with progress(trainer, title, len(mine), "prompt") as bar:
-            return complete(
-                sample,
-                tokenizer,
-                {number: self._prompts[number].messages for number in mine},
-                model_digest=f"{digest} {arithmetic}",
-                decoding=self.decoding,
-                batch_size=self.batch_size,
-                cache=cache,
-                on_completion=bar.update,
-            )
-
     def _scores(
         self,
         trainer: Trainer,
-        mine: Sequence[int],
+        prompts: Sequence[list[Message]],
         policy: Sequence[Side],
         reference: Sequence[Side],
         cache: EvaluationCache,
     ) -> tuple[Scorer, list[float]]:
         """The scores pair by pair, policy first, so that what is scored before a limit is whole pairs."""
-        prompts = [self._prompts[number].messages for number in mine for _ in range(2)]
+        asked = [prompt for prompt in prompts for _ in range(2)]
         completions = [side.completion for pair in zip(policy, reference, strict=True) for side in pair]
         with progress(trainer, "scores", len(completions), "score") as bar:
             scorer = Scorer(self.reward, cache, self._memory, bar.update)
-            return scorer, scorer(prompts, completions)
-
-    def _reference_digest(self, name: str) -> str:
-        if name not in self._digests:
-            self._digests[name] = directory_digest(name)
-        return self._digests[name]
+            return scorer, scorer(asked, completions)
 
 
-def progress(trainer: Trainer, title: str, total: int, unit: str) -> Any:
-    """A bar on the first process."""
-    return tqdm(total=total, desc=title, unit=unit, disable=not trainer.is_global_zero, mininterval=1)
+class EvaluationShare(NamedTuple):
+    """What one process has of an evaluation."""
 
-
-def gathered(pairs: dict[int, Pair], calls: Counter[str], reason: str) -> tuple[list[Pair], Counter[str], list[str]]:
-    """Every rank's pairs in the order of the prompts, the sum of the calls, and the reasons for missing scores."""
-    mine = (pairs, calls, reason)
-    parts: list[Any] = [mine]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-    merged = {number: pair for part, _, _ in parts for number, pair in part.items()}
-    reasons = list(dict.fromkeys(reason for _, _, reason in parts if reason))
-    return [merged[number] for number in sorted(merged)], sum((count for _, count, _ in parts), Counter()), reasons
+    pairs: dict[int, Pair]
+    """By the number of their prompt."""
+    calls: Counter[str]
+    error: str
+    """Why scores are missing, where some are."""

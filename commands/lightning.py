@@ -6,6 +6,7 @@ import logging
 import platform
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +50,8 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit" or not (Path(trainer.default_root_dir) / "config.yaml").exists():
+        kept = (Path(trainer.default_root_dir) / "config.yaml").exists()
+        if stage == "fit" or not trainer.strategy.broadcast(kept):
             super().setup(trainer, pl_module, stage)
 
     @override
@@ -100,7 +102,8 @@ class SuiteCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.ckpt_path not in (None, "last", "best") and not checkpoints(config.ckpt_path):
+        named = config.ckpt_path not in (None, "last", "best")
+        if named and not (checkpoints if self.subcommand == "validate" else glob.glob)(config.ckpt_path):
             raise ConfigurationError(f"--ckpt_path {config.ckpt_path} does not exist; name a checkpoint, or last")
         if self.subcommand == "fit" and config.data is None:
             raise ConfigurationError("fit needs data: name a config (configs/sft.yaml), or a data module with --data")
@@ -136,6 +139,12 @@ class SuiteCLI(LightningCLI):
             options["dataloaders"] = DataLoader(NoRows())
         model.check_options(self.datamodule)
         paths: list[str | None] = [*checkpoints(ckpt_path)]
+        names = Counter(Path(str(path)).stem for path in paths)
+        if doubled := [name for name, count in names.items() if count > 1]:
+            raise ConfigurationError(
+                f"{len(paths)} checkpoints would share eval/{doubled[0]}; name them one by one, each with a "
+                "--trainer.default_root_dir of its own"
+            )
         for path in paths or [ckpt_path]:
             if path is not None:
                 rank_zero_info(f"under {path}:")

@@ -1,14 +1,16 @@
 """What tells a model from another of the same name: a digest of its content."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 BLOCK = 1 << 22
+INDIFFERENT = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+"""Entries of a configuration that change no logit."""
 
 
 def directory_digest(model_name: str) -> str:
@@ -26,9 +28,10 @@ def directory_digest(model_name: str) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Of the weights as they are: every parameter's and buffer's name, type, shape and bytes."""
-    digest = hashlib.sha256()
+def weights_digest(model: PreTrainedModel) -> str:
+    """Of a model as it is: its configuration, and every parameter's and buffer's name, type, shape and bytes."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in INDIFFERENT}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,15 +1,18 @@
 """The numbers of an evaluation by hand, and the callback in a run: its files, seeds, failures and reference."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
 from lightning_modules.functional.statistics import prompts_needed
+from lightning_modules.identity import weights_digest
 from lightning_modules.rewards import WeightedReward
 from lightning_modules.rewards.base import reward_identity
 from lightning_modules.rewards.http import keeps_a_secret
@@ -184,6 +187,42 @@ def test_several_validations_an_epoch_make_one_evaluation_after_the_last(
     assert {path.name for path in (tmp_path / "run" / "eval").glob("epoch=*")} == {"epoch=0", "epoch=1"}
 
 
+class Slotted:
+    """A reward without a dictionary of attributes."""
+
+    __slots__ = ()
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        return brevity(prompts, completions)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_of_a_sum_that_have_no_identity_keep_their_scores_apart(
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    parts = [lambda prompts, completions, score=score: [score] * len(completions) for score in (1.0, 100.0)]
+    judged = evaluation(talks, WeightedReward(list(parts), [1.0, 1.0]))
+    run(talks, tiny_model_dir, judged, root=tmp_path / "run", max_epochs=1)
+    _, pairs = read(tmp_path / "run" / "eval" / "epoch=0")
+    assert {p["reward"] for p in pairs} == {101.0}
+
+
+def test_outcomes_are_decided_as_finely_as_scores_are_written() -> None:
+    close = pair(-25.6250001, -25.625)
+    assert close.outcome == "loss"
+    assert evaluation_metrics([close])["win_rate"] == 0.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_configuration_that_changes_no_weight_makes_another_model(tiny_model_dir: Path) -> None:
+    digests = []
+    for theta in (1e4, 1e4, 3.0):
+        config = AutoConfig.from_pretrained(tiny_model_dir)
+        config.rope_parameters["rope_theta"] = theta
+        digests.append(weights_digest(AutoModelForCausalLM.from_pretrained(tiny_model_dir, config=config)))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_reference_scores_are_kept_apart_by_judge_and_its_options() -> None:
     identities = [reward_identity(reward) for reward in (brevity, Mentions("a"), Mentions("b"))]
     identities += [
@@ -192,6 +231,14 @@ def test_reference_scores_are_kept_apart_by_judge_and_its_options() -> None:
     ]
     assert len({str(identity) for identity in identities}) == 6
     assert reward_identity(lambda prompts, completions: []) is None
+    assert reward_identity(functools.partial(brevity)) is None
+    assert reward_identity(Mentions("a").__call__) is None
+    slotted = Slotted()
+    assert reward_identity(slotted) is None
+    mentions = Mentions("a")
+    before = reward_identity(mentions)
+    mentions._asked = 5  # type: ignore[attr-defined]
+    assert reward_identity(mentions) == before, "what is private does not make another judge"
     assert reward_identity(WeightedReward([brevity], [1.0])) is None  # its parts' scores are kept, not their sum
     waits_longer = NemotronReward(model="a", base_url="http://one", timeout_s=99.0, requests_per_minute=1)
     assert waits_longer.identity == NemotronReward(model="a", base_url="http://one").identity

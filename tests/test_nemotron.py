@@ -63,6 +63,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ticking = Clock()
     for module in (asking, rate_limit):
         monkeypatch.setattr(module, "time", ticking)
+    monkeypatch.setattr(asking.Asking, "_pause", lambda self, seconds: ticking.sleep(seconds))
     return ticking
 
 
@@ -182,6 +183,15 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
         score_one(client(server))
     assert key not in str(caught.value)
     assert server.asked == []
+
+
+def test_the_key_takes_no_way_through_a_proxy_to_this_machine(
+    server: RewardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert score_one(client(server)) == -12.5
+    assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
 
 
 def test_nothing_to_score_asks_nothing(server: RewardServer) -> None:
@@ -563,6 +573,32 @@ def test_scores_arrive_as_they_are_had_and_not_all_at_the_end(server: RewardServ
     assert arrived == [(0, 1.0), (1, 2.0)]
 
 
+@pytest.mark.parametrize("status", [401, 500])
+def test_the_end_of_the_asking_wakes_who_waits_for_a_turn(server: RewardServer, status: int) -> None:
+    """Four threads under a limit of one a minute: the refusal of the first ends the wait of the others."""
+    server.answers(Reply(status=status))
+    reward = client(server, requests_per_minute=1, parallel_requests=4, max_attempts=1)
+    started = time.monotonic()
+    if status == 401:
+        assert all(math.isnan(score) for score in reward([PROMPT] * 8, ["x"] * 8))
+    else:
+        next(iter(reward.stream([PROMPT] * 8, ["x"] * 8)))
+    assert time.monotonic() - started < 10.0
+    assert len(server.asked) == reward.calls["requests"] == 1
+
+
+def test_a_server_that_trickles_its_headers_is_left_at_the_time_limit(server: RewardServer) -> None:
+    def trickle(asked: Asked) -> Reply:
+        time.sleep(4.0)
+        return text_reply("reward:1.0")
+
+    server.respond = trickle
+    reward = client(server, timeout_s=30.0, time_limit_s=0.3, max_attempts=1)
+    started = time.monotonic()
+    assert math.isnan(score_one(reward))
+    assert time.monotonic() - started < 3.0
+
+
 def test_whoever_stops_listening_stops_the_asking(server: RewardServer) -> None:
     reward = client(server, parallel_requests=2)
     for _ in reward.stream([PROMPT] * 50, [str(i) for i in range(50)]):
@@ -640,12 +676,15 @@ def test_the_time_limit_is_for_all_scores_together(server: RewardServer) -> None
 
 def test_processes_share_the_calls_and_machines_the_rate(server: RewardServer) -> None:
     reward = client(server, requests_per_minute=40, max_calls=100)
-    reward.share_budget(processes=8, machines=2)
-    assert reward.max_calls == 12
+    shares = []
+    for rank in range(8):
+        reward.share_budget(processes=8, rank=rank, machines=2)
+        shares.append(reward.calls_left)
+    assert shares == [13] * 4 + [12] * 4
     assert reward.limiter.per_minute == 20
 
 
 def test_a_further_attempt_counts_against_the_limit(server: RewardServer, clock: Clock) -> None:
     server.answers(Reply(status=500), text_reply("reward:2.5"))
     assert score_one(client(server, requests_per_minute=1)) == 2.5
-    assert clock.now >= 1000.0 + rate_limit.WINDOW_S
+    assert clock.now == pytest.approx(1000.0 + rate_limit.WINDOW_S)

@@ -80,6 +80,17 @@ def test_a_share_of_one_a_minute_waits_as_much_longer(clock: "Clock") -> None:
     assert clock.now == pytest.approx(1000.0 + 2 * rate_limit.WINDOW_S)
 
 
+def test_shares_of_a_limit_add_up_to_no_more_than_it(clock: "Clock") -> None:
+    """A third of 40 a minute is 13 in any minute."""
+    limiter = RateLimiter(40 / 3, "source")
+    moments = []
+    for _ in range(40):
+        limiter.wait()
+        moments.append(clock.now)
+    assert keeps_to(13, moments, 60.0)
+    assert not keeps_to(12, moments, 60.0)
+
+
 def test_a_clock_that_was_set_back_does_not_block(clock: "Clock") -> None:
     limiter = RateLimiter(1, "source")
     clock.now += 1e6
@@ -93,7 +104,7 @@ def test_no_limit_never_waits_and_leaves_no_file(clock: "Clock") -> None:
     limiter = RateLimiter(0, "source")
     assert all(limiter.wait() for _ in range(100))
     assert clock.sleeps == []
-    assert not limiter.path.exists()
+    assert not rate_limit.limits_file().exists()
 
 
 def test_a_negative_limit_is_refused() -> None:

@@ -14,7 +14,7 @@ import uvicorn
 
 from datamodules.chat import Message
 from lightning_modules.rewards import NemotronReward, Reward, server
-from lightning_modules.rewards.rules import brevity
+from lightning_modules.rewards.rules import Mentions, brevity
 from lightning_modules.rewards.server import create_app, serve
 
 Serving = Callable[[Reward], AbstractContextManager[str]]
@@ -152,9 +152,22 @@ def test_a_reply_has_the_shape_of_the_hosted_one(url: str, reward: ByLength) -> 
 
 def test_the_server_names_its_model_and_its_health(url: str) -> None:
     models = requests.get(f"{url}/models", timeout=10).json()
-    assert models == {"object": "list", "data": [{"id": "by length", "object": "model"}]}
+    (entry,) = models["data"]
+    assert models["object"] == "list"
+    assert (entry["id"], entry["object"]) == ("by length", "model")
     health = requests.get(url.replace("/v1", "/health"), timeout=10)
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
+
+
+def test_another_judge_at_an_old_address_is_another_source_of_scores() -> None:
+    """A client has to notice, or it would set kept scores of one judge against new ones of another."""
+    identities = []
+    for reward in (brevity, Mentions("a"), Mentions("b"), Mentions("b")):
+        with served(reward) as url:
+            asked = NemotronReward(base_url=url)
+            assert asked.identity[1] == url
+            identities.append(asked.identity[2:])
+    assert identities[0] != identities[1] != identities[2] == identities[3]
 
 
 def test_a_numpy_number_is_sent_as_a_number() -> None:

@@ -4,10 +4,11 @@ import contextlib
 import email.utils
 import json
 import math
+import queue
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import requests
@@ -20,6 +21,8 @@ RETRIED = {408, 429, 500, 502, 503, 504}
 LASTING = {401, 402, 403, 404, 410}
 """Refusals that hold for every further request as well."""
 LONGEST_RETRY_AFTER_S = 60.0
+GRACE_S = 1.0
+"""How long after the time limit a request that is under way may still end by itself."""
 LARGEST_REPLY = 1_000_000
 
 
@@ -52,12 +55,20 @@ class Asking:
         self.give_up_at = time.monotonic() + source.time_limit_s
         self.longest_run = max(10, 2 * source.parallel_requests)
         self._failures_in_a_row = 0
-        self._stopped = ""
+        self._ended = threading.Event()
+        self._why = ""
         self._lock = threading.Lock()
+        self._luck = random.Random()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is sent."""
+        return self._ended.is_set()
 
     def stop(self, reason: str) -> None:
-        """Send nothing more."""
-        self._stopped = self._stopped or reason
+        """Send nothing more, and wake who waits for its turn."""
+        self._why = self._why or reason
+        self._ended.set()
 
     def score(self, path: str, body: dict[str, Any]) -> float:
         """The score, or NaN after the last attempt, with the reason in the source's ``last_error``."""
@@ -74,24 +85,40 @@ class Asking:
                 self.stop(reason)
             if result.retry_after_s is None or attempt + 1 == self.source.max_attempts:
                 break
-            pause_s = max(result.retry_after_s, random.uniform(0.5, 1.0) * min(2.0**attempt, 30.0))
-            if time.monotonic() + pause_s > self.give_up_at:
+            pause_s = max(result.retry_after_s, self._luck.uniform(0.5, 1.0) * min(2.0**attempt, 30.0))
+            if time.monotonic() + pause_s > self.give_up_at or self._pause(pause_s):
                 break
-            time.sleep(pause_s)
-        self.source.last_error = reason or self._stopped
+        self.source.last_error = reason or self._why
         return math.nan
 
+    def _pause(self, seconds: float) -> bool:
+        """Sleep, and say whether there is anything left to wake up for."""
+        return self._ended.wait(seconds)
+
     def _may_ask(self) -> bool:
-        if not self._stopped and time.monotonic() < self.give_up_at:
+        """Take a turn under both limits."""
+        if self.has_ended:
+            return False
+        if time.monotonic() > self.give_up_at:
+            self.stop(f"the time limit of {self.source.time_limit_s:g} s has passed; raise the reward's time_limit_s")
+            return False
+        with self._lock:
+            if self.source.calls_left is not None and self.source.calls_left <= 0:
+                self.stop(f"max_calls={self.source.max_calls} is used up; start again to go on, or raise it")
+                return False
+            self._spend(1)
+        if self.source.limiter.wait(self.give_up_at, self._pause) and not self.has_ended:
             with self._lock:
-                if self.source.max_calls is not None and self.source.calls["requests"] >= self.source.max_calls:
-                    self.stop(f"max_calls={self.source.max_calls} is used up; start again to go on, or raise it")
-                else:
-                    self.source.calls["requests"] += 1
-            if not self._stopped and self.source.limiter.wait(self.give_up_at):
-                return True
-        self.stop(f"the time limit of {self.source.time_limit_s:.0f} s has passed; raise the reward's time_limit_s")
+                self.source.calls["requests"] += 1
+            return True
+        with self._lock:
+            self._spend(-1)
+        self.stop(f"the time limit of {self.source.time_limit_s:g} s has passed; raise the reward's time_limit_s")
         return False
+
+    def _spend(self, calls: int) -> None:
+        if self.source.calls_left is not None:
+            self.source.calls_left -= calls
 
     def _count(self, result: Attempt) -> None:
         with self._lock:
@@ -106,7 +133,8 @@ class Asking:
 
     def _ask(self, path: str, body: dict[str, Any]) -> Attempt:
         source = self.source
-        timeout_s = min(source.timeout_s, max(0.01, self.give_up_at - time.monotonic()))
+        started = time.monotonic()
+        timeout_s = min(source.timeout_s, max(0.01, self.give_up_at - started))
         try:
             with self.session.post(
                 source.base_url + path, json=body, timeout=timeout_s, allow_redirects=False, stream=True
@@ -128,7 +156,45 @@ class Asking:
                 raise ValueError
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
             return Attempt(None, "no score", f"{source.base_url} sends a reply without a score", 0.0)
+        source.answer_s = time.monotonic() - started
         return Attempt(score)
+
+
+def answered(asking: Asking, requests_wanted: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, float]]:
+    """Each request's position and score, in the order in which the scores arrive; NaN for the rest at the time limit.
+
+    The threads are left to themselves where a server holds them for longer than that.
+    """
+    jobs: queue.SimpleQueue[tuple[int, tuple[str, dict[str, Any]]]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[int, float | Exception]] = queue.SimpleQueue()
+    for job in enumerate(requests_wanted):
+        jobs.put(job)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                index, (path, body) = jobs.get_nowait()
+                try:
+                    results.put((index, asking.score(path, body)))
+                except Exception as error:
+                    results.put((index, error))
+
+    for _ in range(min(asking.source.parallel_requests, len(requests_wanted))):
+        threading.Thread(target=work, daemon=True).start()
+    missing = set(range(len(requests_wanted)))
+    try:
+        while missing:
+            left_s = asking.give_up_at - time.monotonic()
+            index, score = results.get(timeout=max(0.0, left_s) + GRACE_S)
+            if isinstance(score, Exception):
+                raise score
+            missing.remove(index)
+            yield index, score
+    except queue.Empty:
+        asking.source.last_error = f"{asking.source.base_url} holds requests beyond the time limit"
+        yield from ((index, math.nan) for index in sorted(missing))
+    finally:  # whoever listened may have had enough
+        asking.stop("interrupted")
 
 
 def read_within(response: requests.Response, seconds: float) -> bytes:

@@ -5,8 +5,10 @@ import importlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 from datamodules.chat import Message
@@ -102,23 +104,28 @@ def reward_name(reward: Reward) -> str:
 def reward_identity(reward: Reward) -> list[Any] | None:
     """What tells a source of scores from another, for keeping its scores; None where they cannot be kept.
 
-    A reward says so itself in ``identity``. Any other function or object is known by its name, its public options and
-    the text of the file that defines it; one that is made on the spot, or holds anything but plain values, by nothing.
+    A reward says so itself in ``identity``. A function at the top of a module, or an object of a class there, is known
+    by its name, its public options and the text of its file; so one that reads other files or asks a service has to
+    say what else tells it apart. Anything else is known by nothing.
     """
-    own = getattr(reward, "identity", None)
+    subject: Any = reward
+    own = getattr(subject, "identity", None)
     if own is not None:
         return list(own)
-    definition: Any = reward if inspect.isroutine(reward) else type(reward)
-    options = {} if inspect.isroutine(reward) else {k: v for k, v in vars(reward).items() if k != "last_error"}
-    if "<" in definition.__qualname__:  # a lambda, or a function within a function
-        return None
+    is_function = isinstance(subject, FunctionType)
+    definition: Any = subject if is_function else type(subject)
     try:
-        text = Path(inspect.getfile(definition)).read_bytes()
+        options = {k: v for k, v in vars(subject).items() if not k.startswith("_") and k != "last_error"}
+        module: Any = sys.modules.get(definition.__module__)
+        if getattr(module, definition.__qualname__, None) is not definition:
+            return None
         json.dumps(options)
-    except (TypeError, OSError):
+        text = Path(inspect.getfile(definition)).read_bytes()
+    except (TypeError, ValueError, OSError):
         return None
-    name = f"{definition.__module__}.{definition.__qualname__}"
-    return [name, options, hashlib.sha256(text).hexdigest()]
+    if definition.__module__ in sys.stdlib_module_names:  # functools.partial, say
+        return None
+    return [f"{definition.__module__}.{definition.__qualname__}", options, hashlib.sha256(text).hexdigest()]
 
 
 def checked_scores(reward: Reward, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:

@@ -4,7 +4,7 @@ import ipaddress
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -12,7 +12,7 @@ import requests
 
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
-from lightning_modules.rewards.asking import Asking
+from lightning_modules.rewards.asking import Asking, answered
 from lightning_modules.rewards.rate_limit import RateLimiter
 
 ALTERNATIVES = (
@@ -35,11 +35,13 @@ class HTTPReward:
         timeout_s: For a request to be answered, and again for its reply to be complete.
         max_attempts: Tries per completion, the first included.
         time_limit_s: For all scores of one call together; what is not scored by then stays unscored.
-        max_calls: Most requests of this process, further attempts included; no limit where not given.
+        max_calls: Most requests of a run, further attempts and the preflight's included; no limit where not given.
     """
 
     key_variable: ClassVar[str]
     """The environment variable that holds the key."""
+    models_path: ClassVar[str] = ""
+    """Where below ``base_url`` the server lists what it serves, if it does."""
 
     def __init__(
         self,
@@ -79,12 +81,16 @@ class HTTPReward:
         """Why the last completion without a score has none."""
         self.calls: Counter[str] = Counter()
         """Requests so far under ``requests``, and failed ones by what failed."""
+        self.calls_left = max_calls
+        """This process's share of ``max_calls`` that is not used up."""
+        self.answer_s = 0.0
+        """Seconds that the last score took."""
         self.limiter = RateLimiter(requests_per_minute, self.base_url)
 
-    @property
+    @cached_property
     def identity(self) -> list[Any]:
-        """What tells this source of scores from another."""
-        return [type(self).__name__, self.base_url, self.model]
+        """What tells this source of scores from another: its kind, its address, its model, and what is served there."""
+        return [f"{type(self).__module__}.{type(self).__qualname__}", self.base_url, self.model, self._served()]
 
     def request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
         """The path below ``base_url`` to ask for a conversation's score, and the JSON to send."""
@@ -109,25 +115,36 @@ class HTTPReward:
         ]
         if not wanted:
             return
-        with self._session() as session, ThreadPoolExecutor(self.parallel_requests) as pool:
-            asking = Asking(self, session)
-            futures = {pool.submit(asking.score, path, body): i for i, (path, body) in enumerate(wanted)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            finally:  # whoever listened may have had enough
-                asking.stop("interrupted")
+        self.last_error = ""
+        with self._session() as session:
+            yield from answered(Asking(self, session), wanted)
 
-    def share_budget(self, *, processes: int, machines: int) -> None:
+    def share_budget(self, *, processes: int, rank: int, machines: int) -> None:
         """Take a part of ``max_calls`` and, as the limit is shared within a machine alone, of the rate."""
         self.limiter = RateLimiter(self.requests_per_minute / machines, self.base_url)
         if self.max_calls is not None:
-            self.max_calls = max(1, self.max_calls // processes)
+            self.calls_left = self.max_calls // processes + (rank < self.max_calls % processes)
+
+    def _served(self) -> list[Any]:
+        """What a server of one's own says that it serves, as the address alone stays the same with another model."""
+        if not self.models_path:
+            return []
+        for _ in range(3):
+            try:
+                with self._session() as session:
+                    reply = session.get(self.base_url + self.models_path, timeout=self.timeout_s, allow_redirects=False)
+                if reply.status_code < 500:
+                    entries = reply.json()["data"]
+                    return [[entry.get(name) for name in ("id", "root", "digest")] for entry in entries]
+            except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return []
 
     def _session(self) -> requests.Session:
         session = requests.Session()
         session.trust_env = False  # a netrc entry would replace the Authorization header
-        session.proxies = requests.utils.get_environ_proxies(self.base_url)
+        if not on_this_machine(self.base_url):
+            session.proxies = requests.utils.get_environ_proxies(self.base_url)
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=self.parallel_requests)
         session.mount("https://", adapter)
@@ -156,10 +173,13 @@ class HTTPReward:
 
 def keeps_a_secret(url: str) -> bool:
     """Whether a key may be sent there: over TLS, or without leaving this machine."""
-    parts = urlsplit(url)
-    if parts.scheme == "https" or parts.hostname == "localhost":
-        return True
+    return urlsplit(url).scheme == "https" or on_this_machine(url)
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether the address is a loopback one."""
+    host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

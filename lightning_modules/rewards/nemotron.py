@@ -28,6 +28,7 @@ class NemotronReward(HTTPReward):
     """
 
     key_variable = "NVIDIA_API_KEY"
+    models_path = "/models"
 
     def __init__(
         self,
@@ -47,6 +48,10 @@ class NemotronReward(HTTPReward):
         return parse_score(reply)
 
     @override
+    def _served(self) -> list[Any]:
+        return [] if self.base_url == HOSTED_URL else super()._served()
+
+    @override
     def demand_key(self) -> None:
         if self.base_url == HOSTED_URL:
             raise ConfigurationError(
@@ -59,6 +64,8 @@ def folded_system(prompt: Sequence[Message]) -> list[Message]:
     """The prompt with a system turn put before the first user turn's text: the API documents no system role."""
     if not prompt or prompt[0]["role"] != "system":
         return list(prompt)
+    if len(prompt) == 1 or prompt[1]["role"] != "user":
+        return [{"role": "user", "content": prompt[0]["content"]}, *prompt[1:]]
     first = {"role": "user", "content": f"{prompt[0]['content']}\n\n{prompt[1]['content']}"}
     return [first, *prompt[2:]]
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections.abc import Sequence
 
 from datamodules.chat import Message
@@ -24,13 +23,10 @@ def preflight(reward: Reward, prompt: Sequence[Message], *, option: str) -> None
         raise ConfigurationError(f"the reward source {reward_name(reward)} does not answer: {reason}; change {option}")
 
 
-def judge_preflight(reward: Reward, *, option: str) -> float:
+def judge_preflight(reward: Reward, *, option: str) -> None:
     """Ask a reward model to score a clearly good and a clearly bad answer.
 
     The question differs from one start to the next, so that no cache on the way can answer it.
-
-    Returns:
-        Seconds that an answer took.
 
     Raises:
         ConfigurationError: If it gives no scores, or the bad answer's is not the lower one.
@@ -38,9 +34,7 @@ def judge_preflight(reward: Reward, *, option: str) -> float:
     number = random.SystemRandom().randrange(10, 98)
     prompt = [{"role": "user", "content": f"What is one more than {number}?"}]
     good, bad = f"{number + 1} is one more than {number}.", "No idea."
-    started = time.monotonic()
     good_score, bad_score = checked_scores(reward, [prompt, prompt], [good, bad])
-    seconds = time.monotonic() - started
     if math.isnan(good_score) or math.isnan(bad_score):
         reason = getattr(reward, "last_error", "") or "it returned no number"
         raise ConfigurationError(f"the reward source {reward_name(reward)} does not answer: {reason}; change {option}")
@@ -50,7 +44,6 @@ def judge_preflight(reward: Reward, *, option: str) -> float:
             f"so it cannot tell a good answer to {prompt[0]['content']!r} from a bad one; change {option}, or set "
             "evaluation.check_judge to false if it is made for other questions"
         )
-    return seconds / 2
 
 
 def is_model(reward: Reward) -> bool:
@@ -65,35 +58,27 @@ def remote_parts(reward: Reward) -> list[HTTPReward]:
     return [reward] if isinstance(reward, HTTPReward) else []
 
 
-def time_plan(reward: HTTPReward, prompts: int, answer_s: float) -> str:
-    """How long the calls of an evaluation take, as a sentence.
-
-    Args:
-        reward: The source, whose limits count.
-        prompts: How many prompts, of two completions each.
-        answer_s: Seconds that an answer takes.
-
-    Raises:
-        ConfigurationError: If the source's own limits do not allow that many.
-    """
+def time_plan(reward: HTTPReward, prompts: int) -> str:
+    """How long the calls of an evaluation take by the source's limits and its last answer, as a sentence or two."""
     calls = 2 * prompts
-    if reward.max_calls is not None and calls > reward.max_calls:
-        raise ConfigurationError(
-            f"{prompts} prompts x 2 sides are {calls} calls, more than the reward's max_calls={reward.max_calls}; "
-            "lower evaluation.num_prompts or raise max_calls"
-        )
     by_rate_s = 60.0 * calls / reward.requests_per_minute if reward.requests_per_minute else 0.0
-    seconds = max(by_rate_s, calls * answer_s / reward.parallel_requests)
-    if seconds > reward.time_limit_s:
-        raise ConfigurationError(
-            f"{prompts} prompts x 2 sides take about {seconds / 60:.0f} min, more than the reward's "
-            f"time_limit_s={reward.time_limit_s:g}; lower evaluation.num_prompts or raise time_limit_s"
-        )
+    seconds = max(by_rate_s, calls * reward.answer_s / reward.parallel_requests)
     rate = f" at {reward.requests_per_minute:g} a minute" if reward.requests_per_minute else ""
-    return (
+    plan = (
         f"evaluation: {prompts} prompts x 2 sides = {calls} calls{rate}, about {minutes(seconds)} the first time and "
         f"{minutes(seconds / 2)} for each further epoch, as the reference's scores are kept"
     )
+    limits = []
+    if seconds > reward.time_limit_s:
+        limits.append(f"time_limit_s={reward.time_limit_s:g}")
+    if reward.max_calls is not None and calls > reward.max_calls:
+        limits.append(f"max_calls={reward.max_calls}")
+    if limits:
+        plan += (
+            f"; that is beyond {' and '.join(limits)}, so what is left then counts as failed, and another evaluation "
+            "goes on from there: raise the limit or lower evaluation.num_prompts"
+        )
+    return plan
 
 
 def minutes(seconds: float) -> str:

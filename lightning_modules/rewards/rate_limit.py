@@ -1,11 +1,12 @@
 """A limit of requests a minute that every process of a user on this machine shares."""
 
 import contextlib
-import getpass
+import hashlib
+import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from datamodules.errors import ConfigurationError
@@ -29,14 +30,14 @@ class RateLimiter:
         if per_minute < 0:
             raise ConfigurationError(f"the reward's requests_per_minute must not be negative, got {per_minute}")
         self.per_minute = per_minute
-        self.source = source
-        self.path = limits_file()
+        self.source = hashlib.sha256(source.encode()).hexdigest()  # other users may read the file
 
-    def wait(self, give_up_at: float = float("inf")) -> bool:
+    def wait(self, give_up_at: float = float("inf"), sleep: Callable[[float], object] | None = None) -> bool:
         """Sleep until a request may go.
 
         Args:
             give_up_at: By ``time.monotonic()``; a turn that would come later is not waited for.
+            sleep: Instead of ``time.sleep``; where it returns something true, the turn is no longer wanted.
 
         Returns:
             Whether the request may go.
@@ -49,23 +50,25 @@ class RateLimiter:
                 return True
             if time.monotonic() + pause_s > give_up_at:
                 return False
-            time.sleep(pause_s)
+            if (sleep or time.sleep)(pause_s):
+                return False
 
     def _turn_in(self) -> float:
         """Take a turn and return 0, or return the seconds until one may be free.
 
-        A limit below one a minute takes its one turn in a window that is as much longer.
+        A share of a limit is rounded down; one below one a minute takes its turn in a window that is as much longer.
         """
         turns = max(1, int(self.per_minute))
-        window_s = WINDOW_S * turns / self.per_minute
+        window_s = WINDOW_S * max(1.0, 1.0 / self.per_minute)
         with self._file() as file:
             now = time.time()
-            file.execute("DELETE FROM requests WHERE moment <= ? OR moment > ?", (now - 10 * window_s, now))
+            outside = (self.source, now - window_s, now)
+            file.execute("DELETE FROM requests WHERE source = ? AND (moment <= ? OR moment > ?)", outside)
             recent = [
                 moment
                 for (moment,) in file.execute(
-                    "SELECT moment FROM requests WHERE source = ? AND moment > ? ORDER BY moment DESC LIMIT ?",
-                    (self.source, now - window_s, turns),
+                    "SELECT moment FROM requests WHERE source = ? ORDER BY moment DESC LIMIT ?",
+                    (self.source, turns),
                 )
             ]
             if len(recent) < turns:
@@ -76,14 +79,19 @@ class RateLimiter:
     @contextlib.contextmanager
     def _file(self) -> Iterator[sqlite3.Connection]:
         """The file, locked for writing."""
-        with contextlib.closing(sqlite3.connect(self.path, timeout=60.0, isolation_level=None)) as file:
-            file.execute("PRAGMA synchronous = OFF")  # what a power failure takes is a minute's moments
-            file.execute("BEGIN IMMEDIATE")
-            file.execute("CREATE TABLE IF NOT EXISTS requests (source TEXT, moment REAL)")
-            yield file
-            file.execute("COMMIT")
+        path = limits_file()
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=60.0, isolation_level=None)) as file:
+                file.execute("PRAGMA synchronous = OFF")  # what a power failure takes is a minute's moments
+                file.execute("BEGIN IMMEDIATE")
+                file.execute("CREATE TABLE IF NOT EXISTS requests (source TEXT, moment REAL)")
+                yield file
+                file.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ConfigurationError(f"requests cannot be counted in {path} ({error}); set TMPDIR elsewhere") from error
 
 
 def limits_file() -> Path:
     """Where the moments are: in the machine's temporary directory, so that all runs of a user find it."""
-    return Path(tempfile.gettempdir()) / f"reward-requests-{getpass.getuser()}.sqlite"
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    return Path(tempfile.gettempdir()) / f"reward-requests-{user}.sqlite"

@@ -1,5 +1,7 @@
 """A reward model behind HTTP, under the protocol of the Nemotron API; needs the ``serve`` extra."""
 
+import hashlib
+import json
 import math
 import threading
 import time
@@ -10,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
-from lightning_modules.rewards.base import Reward, reward_name
+from lightning_modules.rewards.base import Reward, reward_identity, reward_name
 
 
 class ChatMessage(BaseModel):
@@ -34,6 +36,8 @@ def create_app(reward: Reward) -> FastAPI:
     """
     app = FastAPI(title="Reward model", docs_url=None, redoc_url=None)
     name = reward_name(reward)
+    identity = json.dumps(reward_identity(reward))
+    digest = hashlib.sha256(identity.encode()).hexdigest() if identity != "null" else uuid.uuid4().hex
     one_at_a_time = threading.Lock()
 
     @app.get("/health")
@@ -42,7 +46,7 @@ def create_app(reward: Reward) -> FastAPI:
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model"}]}
+        return {"object": "list", "data": [{"id": name, "object": "model", "digest": digest}]}
 
     @app.post("/v1/chat/completions")
     def chat_completions(request: ChatRequest) -> dict[str, Any]:

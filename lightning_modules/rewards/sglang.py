@@ -23,6 +23,7 @@ class SGLangReward(HTTPReward):
     """
 
     key_variable = "SGLANG_API_KEY"
+    models_path = "/v1/models"
 
     def __init__(self, model: str, base_url: str = "http://127.0.0.1:30000", **options: Any) -> None:
         super().__init__(model, base_url, **options)

@@ -1,5 +1,6 @@
 """A reward model behind vLLM, started with ``vllm serve MODEL --runner pooling``."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -9,6 +10,9 @@ from typing_extensions import override
 
 from datamodules.chat import Message, load_tokenizer, render, without_special_tokens
 from lightning_modules.rewards.http import HTTPReward
+
+CONTROL = re.compile(r"<\|[a-z_]+\|>")
+"""Control tokens as nearly all templates write them; a completion that spells one must not open a turn."""
 
 
 class VLLMReward(HTTPReward):
@@ -24,6 +28,7 @@ class VLLMReward(HTTPReward):
     """
 
     key_variable = "VLLM_API_KEY"
+    models_path = "/v1/models"
 
     def __init__(
         self,
@@ -36,6 +41,11 @@ class VLLMReward(HTTPReward):
         self.endpoint = endpoint
 
     @cached_property
+    @override
+    def identity(self) -> list[Any]:
+        return [*super().identity, self.endpoint]
+
+    @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.model)
 
@@ -45,7 +55,8 @@ class VLLMReward(HTTPReward):
         # does not know.
         raw = {"use_activation": False, "activation": False, "softmax": False}
         if self.endpoint == "pooling":
-            return "/pooling", {"model": self.model, "messages": list(messages), **raw}
+            turns = [{**message, "content": CONTROL.sub("", message["content"])} for message in messages]
+            return "/pooling", {"model": self.model, "messages": turns, **raw}
         messages = without_special_tokens(self._tokenizer, messages)
         text = render(self._tokenizer, messages, add_generation_prompt=False)
         return "/classify", {"model": self.model, "input": [text], "add_special_tokens": False, **raw}

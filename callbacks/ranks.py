@@ -1,0 +1,48 @@
+"""Work that every process has a share of: done by each, gathered by all, and a failure of one told to all."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+import torch.distributed as dist
+
+Share = TypeVar("Share")
+
+
+class Ranks(Generic[Share]):
+    """The processes of a run.
+
+    They wait for each other over a group of its own, as one may have to wait for a slow reward source for longer
+    than the training's process group would.
+
+    Args:
+        patience_s: How long to wait for the slowest, in seconds.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._group: Any = None
+        if dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
+
+    def gather(self, work: Callable[[], Share]) -> list[Share]:
+        """What the work gives on every process, in their order.
+
+        Raises:
+            Exception: On the process where the work failed what it raised; on the others a RuntimeError that says so.
+        """
+        share, error = None, None
+        try:
+            share = work()
+        except Exception as raised:
+            error = raised
+        told = None if error is None else f"{type(error).__name__}: {error}"
+        parts: list[Any] = [(share, told)]
+        if self._group is not None:
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (share, told), group=self._group)
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(parts):
+            if failure is not None:
+                raise RuntimeError(f"process {rank} failed: {failure}")
+        return [part for part, _ in parts]
