@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluation_metrics import Pair
+from callbacks.evaluation_metrics import Pair, cannot_tell
 from callbacks.metrics_file import MetricsFile
 
 COUNTS = {"wins", "ties", "losses", "failed", "prompts", "valid"}
@@ -30,6 +30,8 @@ def report(metrics: dict[str, Any], reasons: Sequence[str]) -> None:
         f"reward {shown(metrics['average_reward'])} against {shown(metrics['average_reference_reward'])}, "
         f"length ratio {shown(metrics['length_ratio'])}"
     )
+    if unsure := cannot_tell(metrics):
+        rank_zero_info(unsure)
     if not metrics["valid"]:
         rank_zero_warn(
             f"the evaluation is not valid: {metrics['failed']} of {metrics['prompts']} pairs have no score "

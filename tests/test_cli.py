@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import wandb
 import yaml
 
 from cli import main
@@ -183,9 +184,7 @@ def test_validate_evaluates_every_checkpoint_of_a_folder(config: Any, tmp_path: 
     assert_refused(refused, "nowhere does not exist; name a checkpoint, or last")
 
 
-def test_a_planted_key_is_in_no_file_and_no_stream(
-    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, server: RewardServer
-) -> None:
+def test_a_planted_key_is_in_no_file_and_no_stream(config: Any, tmp_path: Path, server: RewardServer) -> None:
     """With W&B's records, a judge that echoes the key in its refusals, and every other file of the run."""
     key = "nvapi-planted-canary-0123456789"
 
@@ -203,11 +202,9 @@ def test_a_planted_key_is_in_no_file_and_no_stream(
         "init_args": {"base_url": server.url, "requests_per_minute": 0},
     }
     path = config("SFTModule", evaluation={"reward": reward, "temperature": 1.5})
-    monkeypatch.setenv("NVIDIA_API_KEY", key)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb.teardown()  # it remembers the mode of the process's earlier runs
-    result = cli("fit", "--config", path)
-    wandb.teardown()
+    environment = {**os.environ, "NVIDIA_API_KEY": key, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "cli.py", "fit", "--config", path]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(server.asked) > 2
     files = [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -194,7 +194,7 @@ def test_evaluation_prompts_are_distinct_short_enough_and_end_with_the_user(
     write(tmp_path / "prompts.jsonl", rows)
     tokenizer = load_tokenizer(str(tiny_model_dir))
     prompts = load_prompts(str(tmp_path / "prompts.jsonl"), "any", tokenizer=tokenizer, count=2, max_length=100)
-    assert prompts == [[user("a")], [user("c")]]
+    assert [prompt.messages for prompt in prompts] == [[user("a")], [user("c")]]
 
 
 def test_real_pairs_are_handled_as_defined(real_data: Path) -> None:

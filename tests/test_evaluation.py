@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
+from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
+from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.rewards import WeightedReward
 from lightning_modules.rewards.base import reward_identity
 from lightning_modules.rewards.http import keeps_a_secret
@@ -46,6 +47,45 @@ def test_metrics_by_hand() -> None:
     assert 0 < low < 2.5 / 4 < high < 1
     low, high = metrics["reward_improvement_ci"]
     assert low < metrics["reward_improvement"] < high
+
+
+def test_the_further_statistics_by_hand() -> None:
+    """Three wins and a loss; differences 3 2 1 -1 of the rewards and 6 4 2 1 of the lengths go exactly together."""
+    rewards, lengths = (3.0, 2.0, 1.0, -1.0), (10, 8, 6, 5)
+    pairs = [pair(reward, 0.0, (tokens, 4)) for reward, tokens in zip(rewards, lengths, strict=True)]
+    metrics = evaluation_metrics([*pairs, pair(math.nan, 0.0)])
+    assert metrics["sign_test_p"] == pytest.approx(2 * 5 / 16)
+    assert metrics["reward_length_correlation"] == pytest.approx(1.0)
+    assert metrics["prompts_needed"] == pytest.approx(prompts_needed(0.75))
+    assert cannot_tell(metrics).startswith("4 prompts cannot tell a win rate of 75.0 % from 50 %; that takes about ")
+    certain = evaluation_metrics([pair(1.0, 0.0)] * 20)
+    assert cannot_tell(certain) == ""
+    assert cannot_tell(evaluation_metrics([pair(0.0, 0.0)] * 3)).endswith("from 50 %")
+
+
+def test_win_rates_by_prompt_length_are_of_groups_of_like_size_that_split_no_length() -> None:
+    lengths = [5, 9, 9, 9, 9, 20, 21, 30]
+    pairs = [pair(float(n > 9), 0.5)._replace(prompt_tokens=n) for n in reversed(lengths)]
+    groups = evaluation_metrics(pairs)["win_rate_by_prompt_length"]
+    told = [(group["label"], group["prompts"], group["win_rate"]) for group in groups]
+    assert told == [("5-9 tokens", 5, 0.0), ("20 tokens", 1, 1.0), ("21-30 tokens", 2, 1.0)]
+    alike = evaluation_metrics([pair(1.0, 0.0)._replace(prompt_tokens=7)] * 5)["win_rate_by_prompt_length"]
+    assert [(group["label"], group["prompts"]) for group in alike] == [("7 tokens", 5)]
+
+
+def test_win_rates_by_source_leave_failed_pairs_out_and_name_what_has_no_source() -> None:
+    pairs = [
+        pair(1.0, 0.0)._replace(source="maths"),
+        pair(0.0, 1.0)._replace(source="maths"),
+        pair(math.nan, 1.0)._replace(source="maths"),
+        pair(1.0, 0.0),
+    ]
+    groups = evaluation_metrics(pairs)["win_rate_by_source"]
+    assert [(group["label"], group["prompts"], group["win_rate"]) for group in groups] == [
+        ("maths", 2, 0.5),
+        ("unknown", 1, 1.0),
+    ]
+    assert evaluation_metrics([pair(1.0, 0.0)])["win_rate_by_source"] == []
 
 
 def test_an_evaluation_without_a_score_has_no_numbers() -> None:

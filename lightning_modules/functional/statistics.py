@@ -1,5 +1,6 @@
-"""Statistics of a paired evaluation: win rate, 95 % intervals, and the win rate at equal length."""
+"""Statistics of a paired evaluation: win rate, 95 % intervals, tests, lengths, and how many prompts it takes."""
 
+import math
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ def outcomes(rewards: Float[Tensor, " pair"], reference_rewards: Float[Tensor, "
 
 def wilson_interval(successes: float, count: int, *, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion; ties may enter ``successes`` as halves.
+
+    A tie varies less than a win or a loss does, so with ties the interval is wider than it need be, never narrower.
 
     References:
         Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
@@ -60,6 +63,57 @@ def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -
     mean = values.mean().item()
     half = student_t_quantile(0.5 + confidence / 2, count - 1) * values.std().item() / count**0.5
     return Interval(mean - half, mean + half)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p-value of as uneven a split where a win is as likely as a loss, exact; ties do not enter.
+
+    References:
+        Dixon and Mood 1946, https://doi.org/10.1080/01621459.1946.10501898
+    """
+    count, fewer = wins + losses, min(wins, losses)
+    tail = sum(math.comb(count, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / (1 << count))
+
+
+def rank_correlation(first: Float[Tensor, " pair"], second: Float[Tensor, " pair"]) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN where one side does not vary.
+
+    References:
+        Spearman 1904, https://doi.org/10.2307/1412159
+    """
+    deviations = [ranks - ranks.mean() for ranks in map(_mean_ranks, (first, second))] if len(first) else []
+    if not deviations or any((deviation == 0).all() for deviation in deviations):
+        return math.nan
+    x, y = deviations
+    return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt())
+
+
+def _mean_ranks(values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last: Tensor = counts.cumsum(0).double()
+    ranks: Tensor = last - (counts.double() - 1) / 2
+    return ranks[inverse]
+
+
+def prompts_needed(win_rate: float, *, confidence: float = 0.95, power: float = 0.8) -> float:
+    """How many prompts it takes to tell a true win rate from one half; NaN where it is one half.
+
+    The normal approximation without ties, which only lower the number.
+
+    Args:
+        win_rate: The true win rate.
+        confidence: Of the two-sided interval that is to leave out one half.
+        power: Probability that it does.
+
+    References:
+        Fleiss, Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 2.5
+    """
+    if win_rate == 0.5 or math.isnan(win_rate):
+        return math.nan
+    at_half = NormalDist().inv_cdf(0.5 + confidence / 2) * 0.5
+    at_rate = NormalDist().inv_cdf(power) * (win_rate * (1 - win_rate)) ** 0.5
+    return float(math.ceil(((at_half + at_rate) / (win_rate - 0.5)) ** 2))
 
 
 def length_controlled_win_rate(
