@@ -12,7 +12,7 @@ def browser_data(runs: list[Run]) -> dict[str, Any]:
     against each other, and a run's ``reference`` is the position of its reference's column.
     """
     judges = list(dict.fromkeys(run.judge for run in runs))
-    columns = [
+    columns: list[dict[str, Any]] = [
         {"name": "reference" if len(judges) == 1 else f"reference {place}", "judge": judge[0], "reference": None}
         for place, judge in enumerate(judges, start=1)
     ]

@@ -16,8 +16,8 @@ CURVES = {
     "token_accuracy": ("Token accuracy", "share of tokens"),
     "accuracy": ("Pairs ranked right", "share of pairs"),
     "margin": ("Margin of chosen over rejected", "reward"),
-    "chosen_reward": ("Implicit reward of chosen", "nats × beta"),
-    "rejected_reward": ("Implicit reward of rejected", "nats × beta"),
+    "chosen_reward": ("Implicit reward of chosen", "beta times nats"),
+    "rejected_reward": ("Implicit reward of rejected", "beta times nats"),
     "score": ("Score from the training reward", "score"),
     "reward": ("Score minus the KL penalty", "reward"),
     "kl": ("Log-ratio to the reference", "nats"),
@@ -48,7 +48,10 @@ def win_rate_chart(runs: list[Run]) -> go.Figure | None:
                 x=[plain(name)], y=[100 * metrics["win_rate"]], error_y=error_bars([metrics], colour), mode="markers"
             )
             figure.data[-1].update(name=plain(name), marker={"color": colour, "size": 12}, hovertemplate="%{y:.1f} %")
-    return rates(figure, "Win rate against the reference").update_layout(showlegend=False) if figure.data else None
+    if not figure.data:
+        return None
+    figure = rates(figure, "Win rate against the reference").update_layout(showlegend=False)
+    return figure.update_xaxes(range=[-0.5, len(figure.data) - 0.5], showgrid=False)
 
 
 def epoch_chart(runs: list[Run]) -> go.Figure | None:
@@ -71,13 +74,13 @@ def epoch_chart(runs: list[Run]) -> go.Figure | None:
             )
     if not figure.data:
         return None
-    return rates(figure, "Win rate after each epoch").update_xaxes(dtick=1, title="epoch", showgrid=False)
+    return rates(figure, "Win rate after each epoch", "epoch").update_xaxes(dtick=1, showgrid=False)
 
 
-def rates(figure: go.Figure, title: str) -> go.Figure:
+def rates(figure: go.Figure, title: str, x_title: str = "") -> go.Figure:
     """Win rates in per cent, with a line at one half."""
     figure.add_hline(y=50, line_dash="dot", line_color=REFERENCE_COLOUR)
-    return styled(figure, title, "%").update_yaxes(range=[0, 100])
+    return styled(figure, title, "%", x_title).update_yaxes(range=[0, 100])
 
 
 def error_bars(metrics: list[dict[str, Any]], colour: str) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def curve_chart(run: Run, metric: str) -> go.Figure | None:
     if not any(len(trace.x) > 1 for trace in figure.data):
         return None
     title, unit = CURVES.get(metric, (metric, ""))
-    return styled(figure, plain(title), unit, "optimiser step").update_layout(height=240, showlegend=True)
+    return styled(figure, title, unit, "optimiser step").update_layout(height=220, showlegend=True)
 
 
 def thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -178,12 +181,12 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
 
 
 def styled(figure: go.Figure, title: str, unit: str, x_title: str = "") -> go.Figure:
-    """Transparent, with its legend below the title; the page sets the colours of text and grid."""
+    """Transparent, with its legend above; the page shows the title and sets the colours of text and grid."""
     return figure.update_layout(
         template="none",
-        title={"text": title, "font": {"size": 15}, "x": 0.01, "xref": "container", "y": 0.97, "yanchor": "top"},
-        height=340,
-        margin={"l": 52, "r": 14, "t": 66, "b": 48},
+        meta={"title": title},
+        height=310,
+        margin={"l": 52, "r": 14, "t": 14, "b": 46 if x_title else 28},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12},

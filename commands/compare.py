@@ -7,8 +7,8 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from callbacks import evaluation_metrics
 from callbacks.evaluation_files import without_nan, write_whole
+from callbacks.evaluation_metrics import cannot_tell
 from callbacks.tracking import environment_mode
 from commands.compare_tracking import track
 from commands.pairwise import pairwise
@@ -39,7 +39,7 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     """
     runs = read_runs(directories)
     notes = differences(runs)
-    unsure = cannot_tell(runs)
+    unsure = unsure_of(runs)
     matches = pairwise(runs)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(headline_table(runs))
@@ -70,8 +70,7 @@ def summary(runs: list[Run], matches: list[dict[str, Any]], notes: list[str]) ->
     return content
 
 
-def cannot_tell(runs: list[Run]) -> list[str]:
+def unsure_of(runs: list[Run]) -> list[str]:
     """For each run whose interval is too wide to tell it from the reference, a sentence that says so."""
-    tell = getattr(evaluation_metrics, "cannot_tell", None)
-    sentences = [(run.name, tell(run.headline)) for run in runs if run.headline and tell]
-    return [f"{name}: {sentence}" for name, sentence in sentences if sentence]
+    sentences = {run.name: cannot_tell(run.headline) for run in runs if run.headline}
+    return [f"{name}: {sentence}" for name, sentence in sentences.items() if sentence]

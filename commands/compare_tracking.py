@@ -79,7 +79,7 @@ def track(
 
 def table(columns: tuple[str, ...], records: list[dict[str, Any]]) -> wandb.Table:
     """The records as rows; an interval becomes two columns, ``_low`` and ``_high``."""
-    names: list[str] = []
+    names: list[str | int] = []
     for column in columns:
         names += [f"{column.removesuffix('_ci')}_{end}" for end in ("low", "high")] if is_interval(column) else [column]
     rows = []

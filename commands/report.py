@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from commands.browser import browser_data
 from commands.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
 from commands.runs import Run, is_number
-from commands.tables import headline_cells, interval, pairwise_cell, percent
+from commands.tables import HEADLINE, headline_cells, interval, pairwise_cell, percent
 
 BREAKDOWNS = (("win_rate_by_prompt_length", "By prompt length"), ("win_rate_by_source", "By source"))
 
@@ -31,9 +31,10 @@ def render_report(runs: list[Run], matches: list[dict[str, Any]], *, notes: list
     )
     evaluated = [run for run in runs if run.headline]
     charts = Charts()
-    makers = (win_rate_chart, epoch_chart, reward_chart, length_chart)
+    overview = (win_rate_chart(evaluated), epoch_chart(runs), reward_chart(evaluated), length_chart(evaluated))
     return environment.get_template("report.html.jinja").render(
         rows=[(run.name, run.method, headline_cells(run.headline)) for run in evaluated],
+        columns=HEADLINE,
         notes=notes,
         unsure=unsure,
         judges=list(dict.fromkeys(run.headline["reward_source"] for run in evaluated)),
@@ -42,9 +43,7 @@ def render_report(runs: list[Run], matches: list[dict[str, Any]], *, notes: list
         names=[run.name for run in evaluated],
         colours=colours(runs),
         cells={(match["row"], match["column"]): pairwise_cell(match) for match in matches},
-        overview=[
-            charts.add(figure) for make in makers if (figure := make(evaluated if make is not epoch_chart else runs))
-        ],
+        overview=[charts.add(figure) for figure in overview if figure],
         breakdowns=[(title, rows) for key, title in BREAKDOWNS if (rows := breakdown(evaluated, key))],
         curves=[(run.name, [charts.add(figure) for figure in curve_charts(run)]) for run in runs],
         calls=[row for run in runs for row in calls(run)],
@@ -61,10 +60,10 @@ class Charts:
     def __init__(self) -> None:
         self.figures: list[dict[str, Any]] = []
 
-    def add(self, figure: go.Figure) -> dict[str, int]:
-        """Keep the figure; its place and its height in pixels."""
+    def add(self, figure: go.Figure) -> dict[str, Any]:
+        """Keep the figure; its place, its title and its height in pixels."""
         self.figures.append(json.loads(figure.to_json()))
-        return {"place": len(self.figures) - 1, "height": figure.layout.height}
+        return {"place": len(self.figures) - 1, "title": figure.layout.meta["title"], "height": figure.layout.height}
 
 
 def breakdown(runs: list[Run], key: str) -> list[tuple[str, list[dict[str, Any] | None]]]:

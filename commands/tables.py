@@ -16,6 +16,7 @@ HEADLINE = (
     "reference",
     "improvement",
     "length ratio",
+    "length correlation",
     "W/T/L/failed",
 )
 
@@ -41,6 +42,7 @@ def headline_cells(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         (number(metrics["average_reference_reward"]), ""),
         (number(metrics["reward_improvement"]), interval(metrics["reward_improvement_ci"], number)),
         (number(metrics["length_ratio"]), ""),
+        (number(metrics.get("reward_length_correlation")), ""),
         ("/".join(str(metrics[name]) for name in ("wins", "ties", "losses", "failed")), ""),
     ]
 
@@ -53,18 +55,19 @@ def pairwise_table(matches: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column == "run" else "right")
     cells = {(match["row"], match["column"]): pairwise_cell(match) for match in matches}
     for row in names:
-        table.add_row(row, *("\n".join(cells.get((row, column), ("",))) for column in names))
+        found = (cells.get((row, column), ()) for column in names)
+        table.add_row(row, *("\n".join(" ".join(line).strip() for line in cell) for cell in found))
     return table
 
 
-def pairwise_cell(match: dict[str, Any]) -> tuple[str, ...]:
-    """Win rate and reward difference with their intervals, and the prompts; or why there are none."""
+def pairwise_cell(match: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Lines of a value and its interval: win rate, reward difference, prompts; or why there are none."""
     if "note" in match:
-        return (match["note"],)
+        return ((match["note"], ""),)
     return (
-        f"{percent(match['win_rate'])} {interval(match['win_rate_ci'], percent)}",
-        f"{signed(match['reward_difference'])} {interval(match['reward_difference_ci'], signed)}",
-        f"{match['prompts']} prompts",
+        (percent(match["win_rate"]), interval(match["win_rate_ci"], percent)),
+        (signed(match["reward_difference"]), interval(match["reward_difference_ci"], signed)),
+        (f"{match['prompts']} prompts", ""),
     )
 
 
