@@ -25,7 +25,7 @@ def run() -> None:
     parser.add_argument("runs", nargs="+", type=str, help="Folders of runs: outputs/sft outputs/dpo outputs/rloo")
     parser.add_argument("--output", type=str, default="outputs/report", help="Where summary.json and report.html go.")
     parser.add_argument(
-        "--wandb_mode", type=Mode | None, default=None, help="Where not given: online where somebody is logged in."
+        "--wandb_mode", type=Mode, default=None, help="Where not given: online where somebody is logged in."
     )
     arguments = parser.parse_args()
     compare([Path(folder) for folder in arguments.runs], Path(arguments.output), wandb_mode=arguments.wandb_mode)
