@@ -1,135 +1,102 @@
 """``report.html``: one file with charts, tables and completions side by side, readable without a network."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-if TYPE_CHECKING:
-    from commands.compare import Run
+from commands.browser import browser_data
+from commands.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
+from commands.runs import Run, is_number
+from commands.tables import HEADLINE, headline_cells, interval, pairwise_cell, percent
 
-COLOURS = ("#3b82c4", "#e08a2e", "#2f9e6e", "#b5509c", "#8a7a3b", "#666f7a")
-CURVES = (
-    ("train/loss", "Training loss", "loss"),
-    ("val/loss", "Validation loss", "loss"),
-    ("val/token_accuracy", "SFT: validation token accuracy", "share of tokens"),
-    ("train/accuracy", "DPO: pairs ranked right in the training batches", "share of pairs"),
-    ("val/accuracy", "DPO: pairs ranked right on held-out data", "share of pairs"),
-    ("train/score", "RLOO: score from the training reward", "score"),
-    ("train/kl", "RLOO: log-ratio to the reference", "nats per completion"),
-    ("train/completion_length", "RLOO: length of the samples", "tokens"),
-)
+BREAKDOWNS = (("win_rate_by_prompt_length", "By prompt length"), ("win_rate_by_source", "By source"))
 
 
-def render_report(runs: "list[Run]", notes: list[str]) -> str:
-    """The page; all text from models and data is escaped."""
-    from commands.compare import headline_cells
+def render_report(runs: list[Run], matches: list[dict[str, Any]], *, notes: list[str], unsure: list[str]) -> str:
+    """The page; all text from models and data is escaped.
 
+    Args:
+        runs: At least one of them evaluated.
+        matches: Of ``pairwise``.
+        notes: Why the figures may not be trusted or compared.
+        unsure: Where the intervals are too wide to tell.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     evaluated = [run for run in runs if run.headline]
-    charts = [win_rate_chart(evaluated)]
-    if any(run.epochs for run in runs):
-        charts.append(epoch_chart(runs))
-    charts += [chart for name, title, unit in CURVES if (chart := curve_chart(runs, name, title, unit))]
-    first = evaluated[0].headline
+    charts = Charts()
+    overview = (win_rate_chart(evaluated), epoch_chart(runs), reward_chart(evaluated), length_chart(evaluated))
     return environment.get_template("report.html.jinja").render(
         rows=[(run.name, run.method, headline_cells(run.headline)) for run in evaluated],
+        columns=HEADLINE,
         notes=notes,
-        judge=first["reward_source"],
-        reference=first["reference"],
-        prompts=first["prompts"],
-        charts=[Markup(chart.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)) for chart in charts],
+        unsure=unsure,
+        judges=list(dict.fromkeys(run.headline["reward_source"] for run in evaluated)),
+        references=list(dict.fromkeys(run.headline["reference"] for run in evaluated)),
+        prompts=sorted({run.headline["prompts"] for run in evaluated}),
         names=[run.name for run in evaluated],
-        examples=side_by_side(evaluated),
+        colours=colours(runs),
+        cells={(match["row"], match["column"]): pairwise_cell(match) for match in matches},
+        overview=[charts.add(figure) for figure in overview if figure],
+        breakdowns=[(title, rows) for key, title in BREAKDOWNS if (rows := breakdown(evaluated, key))],
+        curves=[(run.name, [charts.add(figure) for figure in curve_charts(run)]) for run in runs],
+        calls=[row for run in runs for row in calls(run)],
+        runs=runs,
+        charts=charts.figures,
+        examples=browser_data(evaluated),
         plotly=Markup(get_plotlyjs()),  # the library's own source
     )
 
 
-CONFIG = {"displayModeBar": False, "responsive": True}
+class Charts:
+    """The figures of the page in the order of their places in it."""
+
+    def __init__(self) -> None:
+        self.figures: list[dict[str, Any]] = []
+
+    def add(self, figure: go.Figure) -> dict[str, Any]:
+        """Keep the figure; its place, its title and its height in pixels."""
+        self.figures.append(json.loads(figure.to_json()))
+        return {"place": len(self.figures) - 1, "title": figure.layout.meta["title"], "height": figure.layout.height}
 
 
-def win_rate_chart(runs: "list[Run]") -> go.Figure:
-    """Win rates with their intervals, of the runs that have one."""
-    runs = [run for run in runs if run.headline["win_rate"] is not None]
-    rates = [100 * run.headline["win_rate"] for run in runs]
-    bounds = [run.headline["win_rate_ci"] for run in runs]
-    errors = {
-        "type": "data",
-        "symmetric": False,
-        "array": [100 * high - rate for rate, (_, high) in zip(rates, bounds, strict=True)],
-        "arrayminus": [rate - 100 * low for rate, (low, _) in zip(rates, bounds, strict=True)],
+def breakdown(runs: list[Run], key: str) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """For each group of prompts, each run's win rate on it with its interval, or None."""
+    groups = [{group["label"]: group for group in run.headline.get(key) or []} for run in runs]
+    labels = list(dict.fromkeys(label for found in groups for label in found))
+    return [(label, [shown(found[label]) if label in found else None for found in groups]) for label in labels]
+
+
+def shown(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's win rate as text, and where its interval lies in per cent."""
+    low, high = (100 * bound if is_number(bound) else None for bound in group["win_rate_ci"])
+    return {
+        "rate": percent(group["win_rate"]),
+        "interval": interval(group["win_rate_ci"], percent),
+        "prompts": group["prompts"],
+        "bar": None if low is None or high is None else (low, 100 * group["win_rate"], high),
     }
-    names = [run.name for run in runs]
-    figure = go.Figure(go.Bar(x=names, y=rates, error_y=errors, marker_color=COLOURS[: len(runs)], width=0.5))
-    figure.add_hline(y=50, line_dash="dot", line_color="#888")
-    return styled(figure, "Win rate against the reference, 95 % interval", "%").update_yaxes(range=[0, 100])
 
 
-def epoch_chart(runs: "list[Run]") -> go.Figure:
-    """The win rate after each epoch of training."""
-    figure = go.Figure()
-    for colour, run in zip(COLOURS, runs, strict=False):
-        epochs = sorted(epoch for epoch in run.epochs if run.epochs[epoch]["win_rate"] is not None)
-        rates = [100 * run.epochs[epoch]["win_rate"] for epoch in epochs]
-        if epochs:
-            after = [epoch + 1 for epoch in epochs]
-            figure.add_scatter(x=after, y=rates, name=run.name, mode="lines+markers", line_color=colour)
-    figure.update_xaxes(dtick=1)
-    return styled(figure, "Win rate after each epoch", "%", "epoch").update_yaxes(range=[0, 100])
-
-
-def curve_chart(runs: "list[Run]", metric: str, title: str, unit: str) -> go.Figure | None:
-    """A metric by optimiser step, for the runs that logged it; None where that makes no curve."""
-    figure = go.Figure()
-    for colour, run in zip(COLOURS, runs, strict=False):
-        points = run.curves.get(metric, [])
-        if points:
-            mode = "lines" if len(points) > 1 else "markers"
-            steps, values = zip(*points, strict=True)
-            figure.add_scatter(x=steps, y=values, name=run.name, mode=mode, line_color=colour, marker_color=colour)
-    is_curve = any(trace.mode == "lines" for trace in figure.data)
-    return styled(figure, title, unit, "optimiser step") if is_curve else None
-
-
-def styled(figure: go.Figure, title: str, unit: str, x_title: str = "") -> go.Figure:
-    """Without a background of its own, so that it stands on light and dark pages."""
-    grid = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.4)"}
-    return figure.update_layout(
-        title={"text": title, "font": {"size": 15}},
-        height=320,
-        margin={"l": 55, "r": 15, "t": 45, "b": 45},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#808890", "family": "system-ui, sans-serif"},
-        showlegend=len(figure.data) > 1 or x_title == "optimiser step",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-        yaxis={"title": unit, **grid},
-        xaxis={"title": x_title, **grid},
-    )
-
-
-def side_by_side(runs: "list[Run]") -> list[dict[str, Any]]:
-    """For each prompt that every run answered: the reference's completion and each run's, with scores."""
-    by_prompt = [{json_key(pair["prompt"]): pair for pair in run.pairs} for run in runs]
-    examples = []
-    for key, pair in by_prompt[0].items():
-        if all(key in pairs for pairs in by_prompt):
-            own = [pairs[key] for pairs in by_prompt]
-            examples.append(
-                {
-                    "prompt": pair["prompt"],
-                    "reference": {"text": pair["reference_completion"], "score": pair["reference_reward"]},
-                    "answers": [{"text": p["completion"], "score": p["reward"], "outcome": p["outcome"]} for p in own],
-                }
-            )
-    return examples
-
-
-def json_key(prompt: list[dict[str, str]]) -> tuple[tuple[str, str], ...]:
-    """A prompt as something to look it up by."""
-    return tuple((message["role"], message["content"]) for message in prompt)
+def calls(run: Run) -> list[dict[str, Any]]:
+    """For each evaluation of the run that says so, what became of its requests."""
+    evaluations = [(f"after epoch {epoch + 1}", metrics) for epoch, metrics in sorted(run.epochs.items())]
+    if run.headline_from == "final":
+        evaluations.append(("final", run.headline))
+    return [
+        {
+            "run": run.name,
+            "evaluation": name,
+            "failed_pairs": metrics["failed"],
+            "reasons": ", ".join(f"{reason}: {count}" for reason, count in found.get("reasons", {}).items()),
+            **{key: found.get(key, "-") for key in ("asked", "cached", "requests", "failed_requests")},
+        }
+        for name, metrics in evaluations
+        if (found := metrics.get("calls"))
+    ]

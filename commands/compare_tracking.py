@@ -1,0 +1,110 @@
+"""A comparison as a W&B run: the report's tables, and the report."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from callbacks.tracking import WandbTracking
+from commands.browser import browser_data
+from commands.runs import Run
+
+HEADLINE = (
+    "win_rate",
+    "win_rate_ci",
+    "sign_test_p",
+    "length_controlled_win_rate",
+    "average_reward",
+    "average_reference_reward",
+    "reward_improvement",
+    "reward_improvement_ci",
+    "length_ratio",
+    "reward_length_correlation",
+    "wins",
+    "ties",
+    "losses",
+    "failed",
+    "prompts",
+    "valid",
+    "reward_source",
+    "reference",
+)
+PAIRWISE = (
+    "row",
+    "column",
+    "prompts",
+    "wins",
+    "ties",
+    "losses",
+    "win_rate",
+    "win_rate_ci",
+    "reward_difference",
+    "reward_difference_ci",
+    "note",
+)
+
+
+def track(
+    runs: list[Run],
+    matches: list[dict[str, Any]],
+    page: str,
+    output: Path,
+    *,
+    mode: Literal["online", "offline", "disabled"],
+) -> None:
+    """Log the headline, pairwise and completions tables and the page as one run of job type ``compare``."""
+    evaluated = [run for run in runs if run.headline]
+    logger = WandbTracking(
+        save_dir=str(output),
+        name=f"compare-{'-'.join(run.name for run in evaluated)}",
+        job_type="compare",
+        group=os.environ.get("WANDB_RUN_GROUP"),
+        mode=mode,
+    )
+    experiment = logger.experiment
+    try:
+        headline = [{"run": run.name, "method": run.method, **run.headline} for run in evaluated]
+        experiment.log(
+            {
+                "headline": table(("run", "method", *HEADLINE), headline),
+                "pairwise": table(PAIRWISE, matches),
+                "completions": completions_table(evaluated),
+                "report": wandb.Html(page, inject=False, data_is_not_path=True),
+            }
+        )
+    finally:
+        experiment.finish()
+
+
+def table(columns: tuple[str, ...], records: list[dict[str, Any]]) -> wandb.Table:
+    """The records as rows; an interval becomes two columns, ``_low`` and ``_high``."""
+    names: list[str | int] = []
+    for column in columns:
+        names += [f"{column.removesuffix('_ci')}_{end}" for end in ("low", "high")] if is_interval(column) else [column]
+    rows = []
+    for record in records:
+        cells: list[Any] = []
+        for column in columns:
+            value = record.get(column)
+            cells += (value or [None, None]) if is_interval(column) else [value]
+        rows.append(cells)
+    return wandb.Table(columns=names, data=rows, allow_mixed_types=True)
+
+
+def is_interval(column: str) -> bool:
+    """Whether a metric is an interval, going by its name."""
+    return column.endswith("_ci")
+
+
+def completions_table(runs: list[Run]) -> wandb.Table:
+    """A row for each prompt, with the completion and the score of each reference and run."""
+    data = browser_data(runs)
+    names = [part for column in data["columns"] for part in (column["name"], f"{column['name']} score")]
+    rows = []
+    for example in data["examples"]:
+        cells: list[Any] = [example["prompt"][-1]["content"], example["source"]]
+        for answer in example["answers"]:
+            cells += [answer["text"], answer["score"]] if answer else [None, None]
+        rows.append(cells)
+    return wandb.Table(columns=["prompt", "source", *names], data=rows, allow_mixed_types=True)

@@ -1,0 +1,46 @@
+"""Method against method, paired: each run's completions against each other run's, on the prompts both answered."""
+
+from typing import Any
+
+import torch
+
+from callbacks.evaluation_files import without_nan
+from commands.runs import Run, is_number
+from lightning_modules.functional.statistics import mean_interval, outcomes, wilson_interval
+
+
+def pairwise(runs: list[Run]) -> list[dict[str, Any]]:
+    """Every evaluated run (``row``) against every other (``column``)."""
+    evaluated = [run for run in runs if run.headline]
+    return [against(row, column) for row in evaluated for column in evaluated if row is not column]
+
+
+def against(row: Run, column: Run) -> dict[str, Any]:
+    """The win rate of ``row`` over ``column`` and the mean of the paired reward differences, with 95 % intervals.
+
+    Only prompts count to which both have a scored completion. Scores of two judges are never set against each other:
+    then there is a ``note`` and no number.
+    """
+    names = {"row": row.name, "column": column.name}
+    judges = row.headline.get("reward_source"), column.headline.get("reward_source")
+    if judges[0] != judges[1]:
+        return {**names, "note": f"different judges ({judges[0]}, {judges[1]})"}
+    rewards = [(pair["reward"], column.pairs.get(key, {}).get("reward")) for key, pair in row.pairs.items()]
+    scored = [(own, other) for own, other in rewards if is_number(own) and is_number(other)]
+    if not scored:
+        return {**names, "note": "no prompt with a score from both"}
+    own, other = torch.tensor(scored).unbind(1)  # single precision, as the outcomes of an evaluation are decided
+    result = outcomes(own, other)
+    wins, losses = int((result == 1).sum()), int((result == 0).sum())
+    differences = torch.tensor([a - b for a, b in scored], dtype=torch.float64)
+    numbers = {
+        "prompts": len(scored),
+        "wins": wins,
+        "ties": len(scored) - wins - losses,
+        "losses": losses,
+        "win_rate": result.mean().item(),
+        "win_rate_ci": list(wilson_interval(result.sum().item(), len(scored))),
+        "reward_difference": differences.mean().item(),
+        "reward_difference_ci": list(mean_interval(differences)),
+    }
+    return {**names, **without_nan(numbers)}

@@ -1,0 +1,100 @@
+"""Figures as people read them, and the tables of the terminal."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+from commands.runs import Run, is_number
+
+HEADLINE = (
+    "run",
+    "win rate",
+    "p",
+    "at equal length",
+    "reward",
+    "reference",
+    "improvement",
+    "length ratio",
+    "length correlation",
+    "W/T/L/failed",
+)
+
+
+def headline_table(runs: list[Run]) -> Table:
+    """The headline metrics, a row a run."""
+    table = Table(title="Against the reference, on held-out prompts (95 % intervals, p of the sign test)")
+    for column in HEADLINE:
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    for run in runs:
+        if run.headline:
+            table.add_row(run.name, *(" ".join(cell).strip() for cell in headline_cells(run.headline)))
+    return table
+
+
+def headline_cells(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The headline metrics as text, each with its interval or nothing."""
+    return [
+        (percent(metrics["win_rate"]), interval(metrics["win_rate_ci"], percent)),
+        (probability(metrics.get("sign_test_p")), ""),
+        (percent(metrics["length_controlled_win_rate"]), ""),
+        (number(metrics["average_reward"]), ""),
+        (number(metrics["average_reference_reward"]), ""),
+        (number(metrics["reward_improvement"]), interval(metrics["reward_improvement_ci"], number)),
+        (number(metrics["length_ratio"]), ""),
+        (number(metrics.get("reward_length_correlation")), ""),
+        ("/".join(str(metrics[name]) for name in ("wins", "ties", "losses", "failed")), ""),
+    ]
+
+
+def pairwise_table(matches: list[dict[str, Any]]) -> Table:
+    """Row against column."""
+    table = Table(title="Row against column, on the same prompts: win rate, mean reward difference", show_lines=True)
+    names = list(dict.fromkeys(match["row"] for match in matches))
+    for column in ("run", *names):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    cells = {(match["row"], match["column"]): pairwise_cell(match) for match in matches}
+    for row in names:
+        found = (cells.get((row, column), ()) for column in names)
+        table.add_row(row, *("\n".join(" ".join(line).strip() for line in cell) for cell in found))
+    return table
+
+
+def pairwise_cell(match: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Lines of a value and its interval: win rate, reward difference, prompts; or why there are none."""
+    if "note" in match:
+        return ((match["note"], ""),)
+    return (
+        (percent(match["win_rate"]), interval(match["win_rate_ci"], percent)),
+        (signed(match["reward_difference"]), interval(match["reward_difference_ci"], signed)),
+        (f"{match['prompts']} prompts", ""),
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return f"{100 * value:.1f} %" if is_number(value) else "-"  # type: ignore[operator]
+
+
+def number(value: float | None) -> str:
+    """A number with two decimals."""
+    return f"{value:.2f}" if is_number(value) else "-"
+
+
+def signed(value: float | None) -> str:
+    """A difference with two decimals and its sign."""
+    return f"{value:+.2f}" if is_number(value) else "-"
+
+
+def probability(value: float | None) -> str:
+    """A p value with two digits that count."""
+    if not is_number(value):
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"  # type: ignore[operator]
+
+
+def interval(bounds: list[float | None], shown: Callable[[float | None], str]) -> str:
+    """An interval in brackets, or nothing."""
+    if not all(is_number(bound) for bound in bounds):
+        return ""
+    return f"[{shown(bounds[0]).removesuffix(' %')}, {shown(bounds[1]).removesuffix(' %')}]"

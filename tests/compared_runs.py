@@ -1,0 +1,48 @@
+"""Folders of runs for ``compare``, with evaluations against a reference that scores 0 everywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from callbacks.evaluation_files import write
+from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
+from callbacks.metrics_file import MetricsFile
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def make_run(
+    directory: Path,
+    *,
+    rewards: list[float],
+    method: str = "DPOModule",
+    judge: str = "judge",
+    folder: str = "final",
+    prompts: list[str] | None = None,
+    **metrics: Any,
+) -> Path:
+    """A run's folder with an evaluation of one prompt for each reward."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": f"lightning_modules.{method}"}}))
+    (directory / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": HOSTILE}}))
+    prompts = prompts or [f"{HOSTILE} question {i}" for i in range(len(rewards))]
+    pairs = [
+        Pair.of(
+            [{"role": "user", "content": prompt}],
+            Side(f"{HOSTILE}{directory.name} {i}", 3 + i),
+            Side("ref", 3),
+            reward,
+            0.0,
+            prompt_tokens=i,
+            source=f"{HOSTILE}{i % 2}",
+        )
+        for i, (prompt, reward) in enumerate(zip(prompts, rewards, strict=True))
+    ]
+    told = {**evaluation_metrics(pairs), "reward_source": judge, "reference": HOSTILE, "valid": True, **metrics}
+    write(directory / "eval" / folder, told, pairs)
+    log = MetricsFile(directory)
+    for step in (1, 2):
+        log.log_metrics({"train/loss": 0.5 / step, f"train/{HOSTILE}": 1.0}, step=step)
+    return directory
