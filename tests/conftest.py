@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -139,3 +140,11 @@ def server() -> Iterator[RewardServer]:
 def own_rate_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test sends out of the limits of everything else on this machine."""
     monkeypatch.setattr(rate_limit, "limits_file", lambda: tmp_path / "limits.sqlite")
+
+
+@pytest.fixture(autouse=True)
+def own_wandb_run() -> Iterator[None]:
+    """End a test's W&B run, which a later test would otherwise go on with."""
+    yield
+    if wandb.run is not None:
+        wandb.finish()

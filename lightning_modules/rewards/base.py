@@ -116,11 +116,11 @@ def reward_identity(reward: Reward) -> list[Any] | None:
     definition: Any = subject if is_function else type(subject)
     try:
         options = {k: v for k, v in vars(subject).items() if not k.startswith("_") and k != "last_error"}
-        module: Any = sys.modules.get(definition.__module__)
+        module = sys.modules[definition.__module__]
         if getattr(module, definition.__qualname__, None) is not definition:
             return None
         json.dumps(options)
-        text = Path(inspect.getfile(definition)).read_bytes()
+        text = Path(str(module.__file__)).read_bytes()
     except (TypeError, ValueError, OSError):
         return None
     if definition.__module__ in sys.stdlib_module_names:  # functools.partial, say
