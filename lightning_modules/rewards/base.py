@@ -112,18 +112,16 @@ def reward_identity(reward: Reward) -> list[Any] | None:
     own = getattr(subject, "identity", None)
     if own is not None:
         return list(own)
-    is_function = isinstance(subject, FunctionType)
-    definition: Any = subject if is_function else type(subject)
+    definition: Any = subject if isinstance(subject, FunctionType) else type(subject)
     try:
         options = {k: v for k, v in vars(subject).items() if not k.startswith("_") and k != "last_error"}
         module = sys.modules[definition.__module__]
-        if getattr(module, definition.__qualname__, None) is not definition:
+        at_the_top: Any = vars(module).get(definition.__qualname__)
+        if at_the_top is not definition or definition.__module__ in sys.stdlib_module_names:
             return None
         json.dumps(options)
         text = Path(str(module.__file__)).read_bytes()
     except (TypeError, ValueError, OSError):
-        return None
-    if definition.__module__ in sys.stdlib_module_names:  # functools.partial, say
         return None
     return [f"{definition.__module__}.{definition.__qualname__}", options, hashlib.sha256(text).hexdigest()]
 
