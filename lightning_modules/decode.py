@@ -1,13 +1,13 @@
 """A decode step of our own for the Llama and Qwen2 family: one token a row, without transformers' cost a layer."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from lightning_modules.projections import Projection, projection
 
@@ -41,6 +41,10 @@ def decodes(model: PreTrainedModel) -> bool:
         and all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])  # no adapters, no quantisation
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
     )
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""From a layer's storage, the new queries, keys and values, and the scaling to what the queries attend to."""
 
 
 class Layer(NamedTuple):
@@ -86,36 +90,37 @@ class FamilyDecoder:
         shape = (config.num_hidden_layers, 2, len(lengths), self.head_counts[1], capacity, self.head_dim)
         self.cache = torch.zeros(shape, dtype=self.dtype, device=device)  # zeros: NaN would pass through the mask
         self.rotation = _rotation(model, capacity)
-        self.layers: list[Layer] = []
+        self.layers = [_layer(layer, self.dtype) for layer in model.model.layers]
+        self.head = projection([model.lm_head], self.dtype)
 
     def start(self) -> Float[Tensor, "batch vocab"]:
         """Read each prompt once, and give its samples the distribution of their first token."""
         # One by one where there are few cores: as fast, and no prompt's numbers depend on another prompt's length.
-        count = 1 if self.model.device.type == "cpu" else len(self.prompt_ids)
-        parts = [
-            self._read(first, self.prompt_ids[first : first + count]) for first in range(0, len(self.prompt_ids), count)
-        ]
+        total = len(self.prompt_ids)
+        count = 1 if self.model.device.type == "cpu" else total
+        parts = [self._read(first, self.prompt_ids[first : first + count]) for first in range(0, total, count)]
         return torch.cat(parts).repeat_interleave(self.samples_per_prompt, dim=0)
 
     def _read(self, first: int, prompts: Sequence[Tensor]) -> Float[Tensor, "prompt vocab"]:
-        """Padding stands on the right, where a causal model cannot see it and the completion overwrites it."""
-        width = max(map(len, prompts))
-        ids = torch.stack([pad(prompt, (0, width - len(prompt))) for prompt in prompts]).to(self.model.device)
-        cache = DynamicCache(config=self.model.config)
-        hidden = self.model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        rows = slice(first * self.samples_per_prompt, (first + len(prompts)) * self.samples_per_prompt)
-        for storage, layer in zip(self.cache, cast("list[Any]", cache.layers), strict=True):
-            for kind, states in enumerate((layer.keys, layer.values)):
-                storage[kind, rows, :, :width] = states.repeat_interleave(self.samples_per_prompt, dim=0)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
-        logits: Tensor = self.model.lm_head(hidden[torch.arange(len(prompts), device=hidden.device), last])
-        return logits
+        """Prompts laid end to end, attention within each."""
+        lengths = [len(prompt) for prompt in prompts]
+        device = self.model.device
+
+        def attend(storage: Tensor, query: Tensor, key_value: Tensor, scaling: float) -> Tensor:
+            attended = []
+            for place, (part, kept) in enumerate(zip(query.split(lengths), key_value.split(lengths), strict=True)):
+                row = (first + place) * self.samples_per_prompt
+                written = kept.permute(1, 2, 0, 3)
+                storage[:, row : row + self.samples_per_prompt, :, : len(kept)] = written.unsqueeze(1)
+                attended.append(_attend_causally(part.permute(1, 2, 0, 3), *written, scaling=scaling))
+            return torch.cat(attended)
+
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        hidden = self._run(torch.cat([prompt.to(device) for prompt in prompts]), positions, attend)
+        return self.head(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
 
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Append a token to each row, and give the distribution of the next one."""
-        if not self.layers:
-            self.layers = [_layer(layer, self.dtype) for layer in self.model.model.layers]
-            self.head = projection([self.model.lm_head], self.dtype)
         self.longest += 1
         logits = self.forward(tokens, self.positions, width=_whole_blocks(self.longest))
         self.positions = self.positions + 1
@@ -136,22 +141,31 @@ class FamilyDecoder:
         self, tokens: Int[Tensor, " batch"], positions: Int[Tensor, " batch"], *, width: int
     ) -> Float[Tensor, "batch vocab"]:
         """One token a row at its position, with ``width`` cached places in sight of the mask."""
+        seen = torch.arange(width, device=tokens.device) <= positions.unsqueeze(1)
+        mask = torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
+        rows = torch.arange(len(tokens), device=tokens.device)
+
+        def attend(storage: Tensor, query: Tensor, key_value: Tensor, scaling: float) -> Tensor:
+            storage[:, rows, :, positions] = key_value
+            return _attend(query, storage[0], storage[1], mask, scaling=scaling)
+
+        return self.head(self._run(tokens, positions, attend))
+
+    def _run(
+        self, tokens: Int[Tensor, " token"], positions: Int[Tensor, " token"], attend: Attention
+    ) -> Float[Tensor, "token hidden"]:
+        """All layers, without the head."""
         base = self.model.model
         with torch.autocast(tokens.device.type, enabled=False):  # the casts that it would do are made here
             hidden = base.embed_tokens(tokens)
             rotation = [table[positions].unsqueeze(1) for table in self.rotation]
-            seen = torch.arange(width, device=tokens.device) <= positions.unsqueeze(1)
-            mask = torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
-            rows = torch.arange(len(tokens), device=tokens.device)
             for layer, storage in zip(self.layers, self.cache, strict=True):
                 states = layer.query_key_value(layer.attention_norm(hidden)).unflatten(-1, (-1, self.head_dim))
-                query, key_value = self._rotated(states, rotation)
-                storage[:, rows, :, positions] = key_value
-                attended = _attend(query, storage[0], storage[1], mask, scaling=layer.scaling)
-                hidden = hidden + layer.output(attended)
+                hidden = hidden + layer.output(attend(storage, *self._rotated(states, rotation), layer.scaling))
                 gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
                 hidden = hidden + layer.down(layer.activation(gate) * up)
-            return self.head(base.norm(hidden))
+            normed: Tensor = base.norm(hidden)
+        return normed
 
     def _rotated(self, states: Float[Tensor, "batch head_3 dim"], rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Queries as [batch, key head, query head of it, dim], keys and values as [batch, 2, key head, dim]."""
@@ -175,6 +189,18 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
         down=projection([mlp.down_proj], dtype),
         scaling=attention.scaling,
     )
+
+
+def _attend_causally(
+    query: Float[Tensor, "key_head group time dim"],
+    keys: Float[Tensor, "key_head time dim"],
+    values: Float[Tensor, "key_head time dim"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "time hidden"]:
+    keys, values = (states.unsqueeze(1).expand_as(query) for states in (keys, values))
+    heads = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+    return heads.permute(2, 0, 1, 3).flatten(1)
 
 
 def _attend(

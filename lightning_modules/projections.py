@@ -38,7 +38,8 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def _joined(layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat([layer.weight.detach().to(dtype) for layer in layers])
+    weights = [layer.weight.detach().to(dtype) for layer in layers]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # the head's may be most of the model: no copy
     if all(layer.bias is None for layer in layers):
         return weight, None
     biases = [
