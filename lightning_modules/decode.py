@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
+from lightning_modules.cuda_graphs import StepGraphs
 from lightning_modules.projections import Projection, projection
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -92,6 +93,7 @@ class FamilyDecoder:
         self.rotation = _rotation(model, capacity)
         self.layers = [_layer(layer, self.dtype) for layer in model.model.layers]
         self.head = projection([model.lm_head], self.dtype)
+        self.graphs = StepGraphs()  # is told the step each time: knowing it, it would keep this object alive
 
     def start(self) -> Float[Tensor, "batch vocab"]:
         """Read each prompt once, and give its samples the distribution of their first token."""
@@ -122,7 +124,7 @@ class FamilyDecoder:
     def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
         """Append a token to each row, and give the distribution of the next one."""
         self.longest += 1
-        logits = self.forward(tokens, self.positions, width=_whole_blocks(self.longest))
+        logits = self.graphs.run(self.forward, tokens, self.positions, _whole_blocks(self.longest))
         self.positions = self.positions + 1
         return logits
 
@@ -138,7 +140,7 @@ class FamilyDecoder:
         self.longest = int(self.positions.max())
 
     def forward(
-        self, tokens: Int[Tensor, " batch"], positions: Int[Tensor, " batch"], *, width: int
+        self, tokens: Int[Tensor, " batch"], positions: Int[Tensor, " batch"], width: int
     ) -> Float[Tensor, "batch vocab"]:
         """One token a row at its position, with ``width`` cached places in sight of the mask."""
         seen = torch.arange(width, device=tokens.device) <= positions.unsqueeze(1)

@@ -1,6 +1,8 @@
 """The sampler: its distribution, its independence of the batch, where it stops, and greedy against transformers."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from lightning_modules.decoders import decoder
 from lightning_modules.forward import completion_logits
 from lightning_modules.functional.log_probs import token_log_probs
 from lightning_modules.generation import Samples, sample_completions
@@ -310,3 +313,23 @@ def test_under_autocast_the_log_probs_are_those_of_the_training_forward_to_bfloa
     log_probs.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.zero_grad(set_to_none=True)
+
+
+def test_copies_of_weights_and_the_cache_are_freed_when_sampling_ends(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By reference counting: waiting for the garbage collector, they would stand beside the training step's tensors."""
+    used = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        made = decoder(*args, **options)
+        used.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("lightning_modules.generation.decoder", watched)
+    gc.disable()
+    try:
+        sample_completions(model, PROMPTS, max_completion_length=4, stop_token_ids=[], seeds=[1, 2, 3])
+        assert [reference() for reference in used] == [None]
+    finally:
+        gc.enable()

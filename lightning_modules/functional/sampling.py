@@ -63,7 +63,9 @@ def _draw_any(
 def _draw_nucleus(
     probabilities: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"], *, top_p: float
 ) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Only rows whose likeliest few hundred tokens do not hold ``top_p`` are sorted."""
+    """On a CPU only rows whose likeliest few hundred tokens do not hold ``top_p`` are sorted."""
+    if probabilities.device.type != "cpu":  # sorting takes little there, waiting to hear which rows need it does not
+        return _draw_ranked(*probabilities.sort(-1, descending=True), uniforms, top_p=top_p)
     values, tokens = _likeliest(probabilities, NUCLEUS)
     drawn, log_probs = _draw_ranked(values, tokens, uniforms, top_p=top_p)
     wide = values.sum(-1) < top_p
