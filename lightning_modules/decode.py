@@ -41,6 +41,7 @@ def decodes(model: PreTrainedModel) -> bool:
         and not windowed
         and all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])  # no adapters, no quantisation
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
+        and {parameter.device for parameter in model.parameters()} == {model.device}
     )
 
 
@@ -169,7 +170,7 @@ class FamilyDecoder:
             normed: Tensor = base.norm(hidden)
         return normed
 
-    def _rotated(self, states: Float[Tensor, "batch head_3 dim"], rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotated(self, states: Float[Tensor, "batch head dim"], rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Queries as [batch, key head, query head of it, dim], keys and values as [batch, 2, key head, dim]."""
         queries, keys = self.head_counts
         turned, values = states[:, : queries + keys], states[:, queries + keys :]

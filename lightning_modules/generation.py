@@ -55,8 +55,8 @@ def sample_completions(
 
     A completion is drawn by inverting its distribution at uniform numbers that come from its own seed alone. On the
     CPU in float32 it is the same whatever stands beside it, bit for bit, if the model is of the family that
-    ``decode.FamilyDecoder`` knows; elsewhere another batch may round logits otherwise, and so, rarely, draw
-    another token.
+    ``decode.FamilyDecoder`` knows and torch has oneDNN (any x86 build); elsewhere another batch may round logits
+    otherwise, and so, rarely, draw another token.
 
     Args:
         model: Any causal language model of transformers; it is in eval mode while it samples.

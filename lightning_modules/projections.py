@@ -17,11 +17,18 @@ def projection(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Projection:
     after a training step.
     """
     device = layers[0].weight.device
-    if device.type == "cpu" and _packs(dtype):
+    if device.type == "cpu" and packs(dtype):
         weight, bias = _joined(layers, dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         linear = torch.ops.mkldnn._linear_pointwise.default
-        return lambda rows: linear(rows.to(dtype), packed, bias, "none", [], "")
+
+        def product(rows: Tensor) -> Tensor:
+            if len(rows) == 1:  # a single row of a long sum goes another way, with other rounding
+                return product(rows.repeat(2, 1))[:1]
+            result: Tensor = linear(rows.to(dtype), packed, bias, "none", [], "")
+            return result
+
+        return product
     if layers[0].weight.dtype != dtype:
         weight, bias = _joined(layers, dtype)
         return lambda rows: nn.functional.linear(rows.to(dtype), weight, bias)
@@ -30,7 +37,7 @@ def projection(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Projection:
     return lambda rows: torch.cat([layer(rows) for layer in layers], dim=-1)
 
 
-def _packs(dtype: torch.dtype) -> bool:
+def packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch has the packed product for the dtype, and this CPU the instructions."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False

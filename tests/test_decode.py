@@ -21,6 +21,7 @@ from transformers import (
 
 from lightning_modules.decode import FamilyDecoder, decodes
 from lightning_modules.decoders import TransformersDecoder, decoder
+from lightning_modules.projections import packs, projection
 
 SMALL = {
     "vocab_size": 300,
@@ -184,3 +185,33 @@ def test_a_decoder_reads_the_weights_as_they_are_at_the_time() -> None:
             assert (decoding.step(tokens)[0] - expected).abs().max() < 1e-4
             for parameter in model.parameters():
                 parameter.mul_(1.1)
+
+
+def linears(inputs: int, *outputs: int) -> list[torch.nn.Linear]:
+    """Layers of one input, every second with a bias."""
+    torch.manual_seed(1)
+    return [torch.nn.Linear(inputs, count, bias=bool(place % 2)) for place, count in enumerate(outputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outputs", [(7,), (16, 5, 9)])
+def test_a_projection_is_the_layers_side_by_side(dtype: torch.dtype, outputs: tuple[int, ...]) -> None:
+    layers = linears(24, *outputs)
+    rows = torch.randn(3, 24)
+    with torch.no_grad():
+        expected = torch.cat([layer.to(dtype)(rows.to(dtype)) for layer in copy.deepcopy(layers)], dim=-1)
+        ours = projection(layers, dtype)(rows)
+    assert ours.dtype == dtype
+    assert (ours.float() - expected.float()).abs().max() < {torch.float32: 1e-6}.get(dtype, 0.02)
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="without oneDNN another number of rows may round otherwise")
+@pytest.mark.parametrize("inputs", [16, 256, 4864])
+def test_a_row_of_a_product_is_the_same_bits_in_any_number_of_rows(inputs: int) -> None:
+    rows = torch.randn(40, inputs, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        product = projection(linears(inputs, 300, 20), torch.float32)
+        together = product(rows)
+        for count in (1, 2, 3, 4, 5, 11, 12, 16, 17, 31):
+            assert torch.equal(product(rows[:count]), together[:count])
+            assert torch.equal(product(rows[-count:].clone()), together[-count:])
