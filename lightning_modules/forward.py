@@ -1,5 +1,6 @@
-"""The forward pass that every method shares: logits of the completion tokens, and nothing else."""
+"""The forward pass that every method shares: what the model says of the completion tokens, and nothing else."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from datamodules.batches import TokenBatch
+from lightning_modules.functional.log_probs import token_entropy, token_log_probs
+
+
+class CompletionTokens(NamedTuple):
+    """What a model says of a batch's completion tokens, rows in reading order."""
+
+    log_probs: Float[Tensor, " token"]
+    """In nats, at the temperature asked for; float32."""
+    entropy: Float[Tensor, " token"] | None
+    """Of the distribution that the token was drawn from, in nats and without gradient, where asked for."""
+    correct: Bool[Tensor, " token"] | None
+    """Whether the token is the likeliest one, where asked for."""
+    sequence: Int[Tensor, " token"]
+    """Which row of the batch a token belongs to."""
+    batch_size: int
+
+    def sum_by_sequence(self, values: Float[Tensor, " token"]) -> Float[Tensor, " batch"]:
+        """Sum what belongs to each completion."""
+        return values.new_zeros(self.batch_size).index_add(0, self.sequence, values)
+
+    def count_by_sequence(self) -> Int[Tensor, " batch"]:
+        """Tokens of each completion."""
+        return torch.bincount(self.sequence, minlength=self.batch_size)
 
 
 class CompletionLogits(NamedTuple):
@@ -55,6 +79,37 @@ def completion_logits(model: PreTrainedModel, batch: TokenBatch) -> CompletionLo
         token_ids=batch.input_ids[:, 1:][:, columns][kept],
         sequence=kept.nonzero()[:, 0],
         batch_size=len(kept),
+    )
+
+
+def completion_tokens(
+    model: PreTrainedModel,
+    batch: TokenBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    accuracy: bool = False,
+    groups: Sequence[int] | None = None,
+) -> CompletionTokens:
+    """Log-probabilities of the completion tokens, with gradient.
+
+    Args:
+        model: Any causal language model of transformers.
+        batch: Padded on either side.
+        temperature: The logits are divided by it.
+        entropy: Whether to give the entropies too.
+        accuracy: Whether to say too which tokens are the likeliest.
+        groups: A number for each row; rows of one number begin alike (the completions of a pair, the samples of a
+            prompt), and what they have in common from their first token on is run once.
+    """
+    completions = completion_logits(model, batch)
+    logits = completions.logits
+    return CompletionTokens(
+        log_probs=token_log_probs(logits, completions.token_ids, temperature=temperature),
+        entropy=token_entropy(logits.detach(), temperature=temperature) if entropy else None,
+        correct=logits.argmax(-1) == completions.token_ids if accuracy else None,
+        sequence=completions.sequence,
+        batch_size=completions.batch_size,
     )
 
 
