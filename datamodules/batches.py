@@ -23,6 +23,11 @@ class PreferenceBatch(NamedTuple):
 
     tokens: TokenBatch
 
+    def pairs(self) -> list[int]:
+        """The pair that each row belongs to; its two rows begin with the same prompt."""
+        count = len(self.tokens.input_ids) // 2
+        return [*range(count), *range(count)]
+
 
 class PromptBatch(NamedTuple):
     """Prompts for sampling: the conversations, for reward sources, and their unpadded tokens, for the policy."""

@@ -13,8 +13,7 @@ from typing_extensions import override
 from datamodules.batches import PreferenceBatch
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionLogits, completion_logits
-from lightning_modules.functional.log_probs import token_kl, token_log_probs
+from lightning_modules.forward import CompletionTokens, completion_states, completion_tokens, read_tokens, states_kl
 from lightning_modules.functional.preference import (
     conservative_loss,
     hinge_loss,
@@ -91,9 +90,10 @@ class DPOModule(FineTuningModule):
 
     @override
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        policy = pair_log_probs(completion_logits(self.model, batch.tokens))
+        policy = pair_log_probs(completion_tokens(self.model, batch.tokens, groups=batch.pairs()))
         with torch.no_grad():
-            reference = pair_log_probs(completion_logits(self.reference.like(self.model), batch.tokens))
+            reference_model = self.reference.like(self.model)
+            reference = pair_log_probs(completion_tokens(reference_model, batch.tokens, groups=batch.pairs()))
         losses, metrics = self.preference_losses(policy, reference)
         if self.is_first_step and self.reference_model in (None, self.model_name):
             self.check_policy_is_reference(metrics["margin"])
@@ -103,10 +103,14 @@ class DPOModule(FineTuningModule):
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        policy = completion_logits(self.model, batch.tokens)
-        reference = completion_logits(self.reference.like(self.model), batch.tokens)
-        losses, metrics = self.preference_losses(pair_log_probs(policy), pair_log_probs(reference))
-        kl = token_kl(policy.logits, reference.logits)  # over the data's prefixes, nats per token
+        policy, reference = (
+            completion_states(model, batch.tokens, batch.pairs())
+            for model in (self.model, self.reference.like(self.model))
+        )
+        losses, metrics = self.preference_losses(
+            pair_log_probs(read_tokens(policy)), pair_log_probs(read_tokens(reference))
+        )
+        kl = states_kl(policy, reference)  # over the data's prefixes, nats per token
         for name, values in {**metrics, "loss": losses, "kl": kl}.items():
             if name in self.val_metrics:
                 self.val_metrics[name].update(values)  # type: ignore[operator]
@@ -165,9 +169,8 @@ class DPOModule(FineTuningModule):
             )
 
 
-def pair_log_probs(completions: CompletionLogits) -> PairLogProbs:
+def pair_log_probs(completions: CompletionTokens) -> PairLogProbs:
     """Log-probabilities of both completions of each pair, summed over their tokens."""
-    token = token_log_probs(completions.logits, completions.token_ids)
-    sums = completions.sum_by_sequence(token).chunk(2)
-    counts = completions.count_by_sequence().to(token.dtype).chunk(2)
+    sums = completions.sum_by_sequence(completions.log_probs).chunk(2)
+    counts = completions.count_by_sequence().to(completions.log_probs.dtype).chunk(2)
     return PairLogProbs(sums[0], sums[1], counts[0], counts[1])

@@ -18,8 +18,7 @@ from typing_extensions import override
 from datamodules.batches import PromptBatch, TokenBatch
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionLogits, completion_logits
-from lightning_modules.functional.log_probs import token_entropy, token_log_probs
+from lightning_modules.forward import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
     kl_penalised_rewards,
@@ -130,11 +129,11 @@ class RLOOModule(FineTuningModule):
         samples = self.sample(batch, count=self.samples_per_prompt, seed_words=(self.current_epoch, batch_idx))
         scores = self.score(batch, samples)
 
-        completions = completion_logits(self.model, samples.tokens)
-        log_probs = self.completion_log_probs(completions)
+        completions = self.completions(self.model, samples.tokens, entropy=True)
+        log_probs = self.by_prompt(completions)
         with torch.no_grad():
             reference = self.reference.like(self.model)
-            reference_log_probs = self.completion_log_probs(completion_logits(reference, samples.tokens))
+            reference_log_probs = self.by_prompt(self.completions(reference, samples.tokens))
             log_ratios = log_probs.detach() - reference_log_probs
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
         advantages = leave_one_out_advantages(rewards)
@@ -149,7 +148,7 @@ class RLOOModule(FineTuningModule):
 
     def further_update(self, rollout: Rollout) -> Tensor:
         """The clipped loss on samples of an earlier policy."""
-        log_probs = self.completion_log_probs(completion_logits(self.model, rollout.tokens))
+        log_probs = self.by_prompt(self.completions(self.model, rollout.tokens))
         losses = clipped_policy_gradient_loss(
             log_probs, rollout.old_log_probs, rollout.advantages, clip_range=self.clip_range
         )
@@ -159,9 +158,11 @@ class RLOOModule(FineTuningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         samples = self.sample(batch, count=1, seed_words=("validation", batch_idx))
         scores = self.score(batch, samples)
-        reference = self.reference.like(self.model)
-        log_probs = self.completion_log_probs(completion_logits(self.model, samples.tokens), count=1)
-        log_ratios = log_probs - self.completion_log_probs(completion_logits(reference, samples.tokens), count=1)
+        policy, reference = (
+            self.by_prompt(self.completions(model, samples.tokens, count=1), count=1)
+            for model in (self.model, self.reference.like(self.model))
+        )
+        log_ratios = policy - reference
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
         self.update_val("score", scores[~scores.isnan()])
         self.update_val("reward", rewards[~rewards.isnan()])
@@ -206,12 +207,20 @@ class RLOOModule(FineTuningModule):
         """The scores, less the missing-EOS penalty of samples that were cut."""
         return scores - self.missing_eos_penalty * (~samples.finished).view_as(scores)
 
-    def completion_log_probs(
-        self, completions: CompletionLogits, *, count: int | None = None
-    ) -> Float[Tensor, "prompt sample"]:
-        """Log-probability of each whole completion at the sampling temperature."""
-        token = token_log_probs(completions.logits, completions.token_ids, temperature=self.temperature)
-        return completions.sum_by_sequence(token).view(-1, count or self.samples_per_prompt)
+    def completions(
+        self, model: PreTrainedModel, tokens: TokenBatch, *, count: int | None = None, entropy: bool = False
+    ) -> CompletionTokens:
+        """Log-probabilities at the sampling temperature; a prompt is run once for its neighbouring samples."""
+        prompts = [row // (count or self.samples_per_prompt) for row in range(len(tokens.input_ids))]
+        completions: CompletionTokens = completion_tokens(
+            model, tokens, temperature=self.temperature, entropy=entropy, groups=prompts
+        )
+        return completions
+
+    def by_prompt(self, completions: CompletionTokens, *, count: int | None = None) -> Float[Tensor, "prompt sample"]:
+        """Log-probability of each whole completion."""
+        sums: Tensor = completions.sum_by_sequence(completions.log_probs)
+        return sums.view(-1, count or self.samples_per_prompt)
 
     @override
     def optimizer_step(
@@ -258,7 +267,7 @@ class RLOOModule(FineTuningModule):
         scores: Float[Tensor, "prompt sample"],
         rewards: Float[Tensor, "prompt sample"],
         log_ratios: Float[Tensor, "prompt sample"],
-        completions: CompletionLogits,
+        completions: CompletionTokens,
     ) -> None:
         """Log what the samples were like, and now and then some of them."""
         scored = scores[~scores.isnan()]
@@ -267,9 +276,10 @@ class RLOOModule(FineTuningModule):
             self.log("train/reward", rewards[~rewards.isnan()].mean(), batch_size=len(scored))
         lengths = samples.completion_lengths().float()
         alike = (scores.nan_to_num(nan=torch.inf).amax(1) - scores.nan_to_num(nan=-torch.inf).amin(1)) == 0
+        assert completions.entropy is not None
         metrics = {
             "kl": log_ratios.mean(),
-            "entropy": token_entropy(completions.logits.detach(), temperature=self.temperature).mean(),
+            "entropy": completions.entropy.mean(),
             "completion_length": lengths.mean(),
             "truncated": (~samples.finished).float().mean(),
             "alike": alike.float().mean(),

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_modules.forward import completion_logits
-from lightning_modules.functional.log_probs import token_log_probs
+from lightning_modules.forward import completion_tokens
 from lightning_modules.generation import sample_completions
 
 
@@ -116,8 +115,8 @@ def test_a_completion_ends_with_its_stop_token_which_counts(model: PreTrainedMod
 def test_log_probs_of_samples_are_those_they_were_drawn_with(model: PreTrainedModel) -> None:
     """The training forward over left-padded samples agrees with a fresh forward over each unpadded row."""
     samples = sample_completions(model, PROMPTS, max_completion_length=8, stop_token_ids=[1], seeds=[1, 2, 3])
-    completions = completion_logits(model, samples.tokens)
-    ours = completions.sum_by_sequence(token_log_probs(completions.logits, completions.token_ids))
+    completions = completion_tokens(model, samples.tokens)
+    ours = completions.sum_by_sequence(completions.log_probs)
     for row, prompt in enumerate(PROMPTS):
         ids = samples.tokens.input_ids[row][samples.tokens.attention_mask[row]]
         log_probs = model(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1).detach()

@@ -295,9 +295,7 @@ def test_the_second_update_of_a_rollout_uses_the_clipped_ratio_on_the_same_sampl
         rollouts.append(rollout)
         steps.append(module.trainer.global_step)
         with torch.no_grad():
-            from lightning_modules.forward import completion_logits
-
-            moved = module.completion_log_probs(completion_logits(module.model, rollout.tokens))
+            moved = module.by_prompt(module.completions(module.model, rollout.tokens))
         assert not torch.allclose(moved, rollout.old_log_probs)
         return further(rollout)
 
