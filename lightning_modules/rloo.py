@@ -18,8 +18,7 @@ from typing_extensions import override
 from datamodules.batches import PromptBatch, TokenBatch
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionLogits, completion_logits
-from lightning_modules.functional.log_probs import token_entropy, token_log_probs
+from lightning_modules.forward import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
     kl_penalised_rewards,
@@ -132,8 +131,8 @@ class RLOOModule(FineTuningModule):
         samples = self.sample(batch, count=self.samples_per_prompt, seed_words=(self.current_epoch, batch_idx))
         scores = self.score(batch, samples)
 
-        completions = completion_logits(self.model, samples.tokens)
-        log_probs = self.completion_log_probs(completions)
+        completions = self.completions(self.model, samples.tokens, entropy=True)
+        log_probs = self.by_prompt(completions)
         log_ratios = self.log_ratios(log_probs.detach(), samples)
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
         advantages = leave_one_out_advantages(rewards)
@@ -148,7 +147,7 @@ class RLOOModule(FineTuningModule):
 
     def further_update(self, rollout: Rollout) -> Tensor:
         """The clipped loss on samples of an earlier policy."""
-        log_probs = self.completion_log_probs(completion_logits(self.model, rollout.tokens))
+        log_probs = self.by_prompt(self.completions(self.model, rollout.tokens))
         losses = clipped_policy_gradient_loss(
             log_probs, rollout.old_log_probs, rollout.advantages, clip_range=self.clip_range
         )
@@ -160,7 +159,7 @@ class RLOOModule(FineTuningModule):
         scores = self.score(batch, samples)
         log_ratios = torch.zeros_like(scores)
         if self.beta:
-            log_probs = self.completion_log_probs(completion_logits(self.model, samples.tokens), count=1)
+            log_probs = self.by_prompt(self.completions(self.model, samples.tokens, count=1), count=1)
             log_ratios = self.log_ratios(log_probs, samples)
             self.update_val("kl", log_ratios)
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
@@ -211,15 +210,24 @@ class RLOOModule(FineTuningModule):
         """Policy minus reference, of whole completions; 0 where nothing asks for the reference."""
         if not self.beta:
             return torch.zeros_like(log_probs)
-        reference = completion_logits(self.reference.like(self.model), samples.tokens)
-        return log_probs - self.completion_log_probs(reference, count=log_probs.shape[1])
+        count = log_probs.shape[1]
+        reference = self.completions(self.reference.like(self.model), samples.tokens, count=count)
+        return log_probs - self.by_prompt(reference, count=count)
 
-    def completion_log_probs(
-        self, completions: CompletionLogits, *, count: int | None = None
-    ) -> Float[Tensor, "prompt sample"]:
-        """Log-probability of each whole completion at the sampling temperature."""
-        token = token_log_probs(completions.logits, completions.token_ids, temperature=self.temperature)
-        return completions.sum_by_sequence(token).view(-1, count or self.samples_per_prompt)
+    def completions(
+        self, model: PreTrainedModel, tokens: TokenBatch, *, count: int | None = None, entropy: bool = False
+    ) -> CompletionTokens:
+        """Log-probabilities at the sampling temperature; a prompt is run once for its neighbouring samples."""
+        prompts = [row // (count or self.samples_per_prompt) for row in range(len(tokens.input_ids))]
+        completions: CompletionTokens = completion_tokens(
+            model, tokens, temperature=self.temperature, entropy=entropy, groups=prompts
+        )
+        return completions
+
+    def by_prompt(self, completions: CompletionTokens, *, count: int | None = None) -> Float[Tensor, "prompt sample"]:
+        """Log-probability of each whole completion."""
+        sums: Tensor = completions.sum_by_sequence(completions.log_probs)
+        return sums.view(-1, count or self.samples_per_prompt)
 
     @override
     def optimizer_step(
@@ -266,7 +274,7 @@ class RLOOModule(FineTuningModule):
         scores: Float[Tensor, "prompt sample"],
         rewards: Float[Tensor, "prompt sample"],
         log_ratios: Float[Tensor, "prompt sample"],
-        completions: CompletionLogits,
+        completions: CompletionTokens,
     ) -> None:
         """Log what the samples were like, and now and then some of them."""
         scored = scores[~scores.isnan()]
@@ -275,9 +283,10 @@ class RLOOModule(FineTuningModule):
             self.log("train/reward", rewards[~rewards.isnan()].mean(), batch_size=len(scored))
         lengths = samples.completion_lengths().float()
         alike = (scores.nan_to_num(nan=torch.inf).amax(1) - scores.nan_to_num(nan=-torch.inf).amin(1)) == 0
+        assert completions.entropy is not None
         metrics = {
             "sampler_drift": self.sampler_drift(samples, completions),
-            "entropy": token_entropy(completions.logits.detach(), temperature=self.temperature).mean(),
+            "entropy": completions.entropy.mean(),
             "completion_length": lengths.mean(),
             "truncated": (~samples.finished).float().mean(),
             "alike": alike.float().mean(),
@@ -291,15 +300,14 @@ class RLOOModule(FineTuningModule):
         if due and self.trainer.is_global_zero:
             self._log_completions(batch, samples, scores)
 
-    def sampler_drift(self, samples: Samples, completions: CompletionLogits) -> Float[Tensor, ""]:
+    def sampler_drift(self, samples: Samples, completions: CompletionTokens) -> Float[Tensor, ""]:
         """Mean over tokens of how far apart, in nats, sampler and training forward hold a token's log-probability.
 
         The loss takes the training forward's: its gradient needs that forward in any case, and the sampler's, from
         a cache and other kernels, are equal to it in exact arithmetic alone. In float32 the drift is rounding, some
         1e-6; in bfloat16 it says how far off-policy the samples are.
         """
-        trained = token_log_probs(completions.logits.detach(), completions.token_ids, temperature=self.temperature)
-        return (samples.log_probs - trained).abs().mean()
+        return (samples.log_probs - completions.log_probs.detach()).abs().mean()
 
     def _log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:
         prompts = [p[-1]["content"] for p in batch.prompts for _ in range(scores.shape[1])]

@@ -20,8 +20,7 @@ from transformers import (
 
 from lightning_modules.decode import decodes
 from lightning_modules.decoders import decoder
-from lightning_modules.forward import completion_logits
-from lightning_modules.functional.log_probs import token_log_probs
+from lightning_modules.forward import completion_tokens
 from lightning_modules.generation import Samples, sample_completions
 from lightning_modules.projections import packs
 
@@ -267,10 +266,9 @@ def test_a_completion_ends_with_its_stop_token_which_counts(model: PreTrainedMod
 def test_log_probs_of_samples_are_those_they_were_drawn_with(model: PreTrainedModel) -> None:
     """The training forward over left-padded samples agrees with a fresh forward over each unpadded row."""
     samples = sample_completions(model, PROMPTS, max_completion_length=8, stop_token_ids=[1], seeds=[1, 2, 3])
-    trained = completion_logits(model, samples.tokens)
-    log_probs = token_log_probs(trained.logits, trained.token_ids)
-    assert (samples.log_probs - log_probs).abs().max() < 1e-5
-    ours = trained.sum_by_sequence(log_probs)
+    trained = completion_tokens(model, samples.tokens)
+    assert (samples.log_probs - trained.log_probs).abs().max() < 1e-5
+    ours = trained.sum_by_sequence(trained.log_probs)
     for row, prompt in enumerate(PROMPTS):
         ids = samples.tokens.input_ids[row][samples.tokens.attention_mask[row]]
         log_probs = model(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1).detach()
@@ -308,7 +306,7 @@ def test_samples_are_the_same_in_inference_mode_and_can_be_trained_on_outside(mo
     with torch.inference_mode():
         inferred = sample_completions(model, PROMPTS, **settings)
     assert completions(plain) == completions(inferred)
-    completion_logits(model, plain.tokens).logits.sum().backward()
+    completion_tokens(model, plain.tokens).log_probs.sum().backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -316,8 +314,7 @@ def test_under_autocast_the_log_probs_are_those_of_the_training_forward_to_bfloa
     """And gradients still reach the weights that the sampler cast before, in the same autocast region."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         samples = sample_completions(model, PROMPTS, max_completion_length=8, stop_token_ids=[], seeds=[1, 2, 3])
-        trained = completion_logits(model, samples.tokens)
-    log_probs = token_log_probs(trained.logits, trained.token_ids)
+        log_probs = completion_tokens(model, samples.tokens).log_probs
     assert (samples.log_probs - log_probs).abs().mean() < 0.03
     log_probs.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
