@@ -1,6 +1,5 @@
 """Log-probabilities straight from hidden states: the logits exist for a chunk of tokens at a time, and are not kept."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +73,7 @@ def scaled_logits(
 class _Gradients:
     """Gradients of log-probabilities for the head's operands, summed up over chunks of tokens."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> None:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
