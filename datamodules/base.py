@@ -18,6 +18,7 @@ from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
 from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
+from datamodules.token_budget import TokenBudgetSampler
 
 Task = Literal["conversations", "preferences", "prompts"]
 """What a batch holds: whole conversations (SFT), preference pairs (DPO, reward), or prompts to sample from (RLOO)."""
@@ -44,6 +45,8 @@ class ChatDataModule(LightningDataModule):
         num_workers: Processes that load batches, and that tokenise where a split is large.
         max_samples: Take only this many rows of each split.
         seed: Of the order in which the rows are seen.
+        tokens_per_batch: Fill batches to this many tokens (best fit) in the place of ``batch_size`` rows; a pair
+            counts its prompt once. Not for prompts.
     """
 
     train_split: ClassVar[str]
@@ -62,6 +65,7 @@ class ChatDataModule(LightningDataModule):
         num_workers: int = 0,
         max_samples: int | None = None,
         seed: int = 42,
+        tokens_per_batch: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -72,6 +76,11 @@ class ChatDataModule(LightningDataModule):
         for option, value in (("batch_size", batch_size), ("max_length", max_length), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ConfigurationError(f"data.{option} must be at least 1, got {value}")
+        if tokens_per_batch is not None and (task == "prompts" or tokens_per_batch < max_length):
+            raise ConfigurationError(
+                f"data.tokens_per_batch must be at least data.max_length ({max_length}), and is for conversations and "
+                f"preferences; got {tokens_per_batch} for {task}"
+            )
         self.model_name = model_name
         self.dataset_name = dataset_name
         self.task: Task = task
@@ -80,6 +89,7 @@ class ChatDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_samples = max_samples
         self.seed = seed
+        self.tokens_per_batch = tokens_per_batch
         self.dropped: dict[str, Counter[str]] = {}
         self._splits: dict[str, Dataset] = {}
 
@@ -101,25 +111,35 @@ class ChatDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        rows, world_size, rank = self._splits[self.train_split], *self._processes()
-        sampler = DistributedSampler(rows, world_size, rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type, var-annotated]
-        return self._loader(rows, sampler)
+        return self._loader(self._splits[self.train_split], shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
-        rows, world_size, rank = self._splits[self.validation_split], *self._processes()
-        sampler = UnrepeatedDistributedSampler(rows, num_replicas=world_size, rank=rank, shuffle=False)
-        return self._loader(rows, sampler)
+        return self._loader(self._splits[self.validation_split], shuffle=False)
 
-    def _processes(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
-    def _loader(self, rows: Dataset, sampler: DistributedSampler[Any]) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset, *, shuffle: bool) -> DataLoader[Any]:
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        collate = self._collate()
+        sampler: DistributedSampler[Any]
+        if self.tokens_per_batch is not None:
+            sampler = TokenBudgetSampler(
+                row_lengths(rows),
+                budget=self.tokens_per_batch,
+                world_size=world_size,
+                rank=rank,
+                shuffle=shuffle,
+                seed=self.seed,
+            )
+            collate = partial(collate_columns, collate=collate)
+        elif shuffle:
+            sampler = DistributedSampler(rows, world_size, rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type]
+        else:
+            sampler = UnrepeatedDistributedSampler(rows, num_replicas=world_size, rank=rank, shuffle=False)
         return DataLoader(
             rows,  # type: ignore[arg-type]  # a Dataset has the protocol of a map-style one
-            batch_size=self.batch_size,
+            batch_size=None if self.tokens_per_batch else self.batch_size,
             sampler=sampler,
-            collate_fn=self._collate(),
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_gpu(),
@@ -176,3 +196,18 @@ class ChatDataModule(LightningDataModule):
         if dropped["too long"] > len(reasons) // 2:
             warnings.warn(f"more than half of {split} is longer than data.max_length={self.max_length}", stacklevel=2)
         return encoded.select(kept).remove_columns("dropped")
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row, over its token columns; read without making Python objects of the tokens."""
+    lengths: list[int] = []
+    columns = [name for name in rows.column_names if name.endswith("_ids")]
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1_000):
+        counts = [table.column(name).combine_chunks().value_lengths().to_pylist() for name in columns]
+        lengths += map(sum, zip(*counts, strict=True))
+    return lengths
+
+
+def collate_columns(columns: Mapping[str, Sequence[Any]], *, collate: Callable[[Sequence[Any]], Any]) -> Any:
+    """Collate the rows that a dataset gives for a list of indices, which come as columns."""
+    return collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])

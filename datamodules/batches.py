@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from datamodules.chat import Message
@@ -22,6 +22,13 @@ class PreferenceBatch(NamedTuple):
     """Pairs in one token batch of twice the rows: all chosen completions first, then all rejected."""
 
     tokens: TokenBatch
+    reference_log_probs: Float[Tensor, " batch"] | None = None
+    """What the reference gives to each row's completion, in nats, where that is known."""
+
+    def pairs(self) -> list[int]:
+        """The pair that each row belongs to; its two rows begin with the same prompt."""
+        count = len(self.tokens.input_ids) // 2
+        return [*range(count), *range(count)]
 
 
 class PromptBatch(NamedTuple):

@@ -1,6 +1,7 @@
 """Direct preference optimisation: the policy's own log-ratios to a frozen reference are the reward."""
 
 import math
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,8 +14,7 @@ from typing_extensions import override
 from datamodules.batches import PreferenceBatch
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionLogits, completion_logits
-from lightning_modules.functional.log_probs import token_kl, token_log_probs
+from lightning_modules.forward import CompletionTokens, completion_states, completion_tokens, read_tokens, states_kl
 from lightning_modules.functional.preference import (
     conservative_loss,
     hinge_loss,
@@ -22,7 +22,8 @@ from lightning_modules.functional.preference import (
     robust_loss,
     sigmoid_loss,
 )
-from lightning_modules.loading import load_reference, without_dropout
+from lightning_modules.loading import FrozenReference, load_causal_lm, without_dropout
+from lightning_modules.reference_cache import PairTable, ask_about_run, look_up, model_digest
 from lightning_modules.reward import accuracy
 
 Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]
@@ -46,6 +47,8 @@ class DPOModule(FineTuningModule):
         label_smoothing: Probability that a label is swapped, for ``conservative`` and ``robust``.
         sft_weight: Weight of the chosen completion's mean token cross-entropy, added to the loss.
         reference_model: Hub id or directory of the reference; the starting policy where it is not given.
+        precompute_reference: Ask the reference once about every pair, before training, and keep its log-probabilities
+            in ``cache/`` beside the run's folder; it is then in memory only before training and in validations.
     """
 
     method = "dpo"
@@ -58,6 +61,7 @@ class DPOModule(FineTuningModule):
         label_smoothing: float = 0.0,
         sft_weight: float = 0.0,
         reference_model: str | None = None,
+        precompute_reference: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -75,12 +79,33 @@ class DPOModule(FineTuningModule):
         self.label_smoothing = label_smoothing
         self.sft_weight = sft_weight
         self.reference_model = reference_model
+        self.precompute_reference = precompute_reference
+        self.reference = FrozenReference(self.load_reference)
+        self._reference_table: PairTable = {}
 
     @override
     def load_model(self) -> PreTrainedModel:
-        policy = without_dropout(super().load_model())
-        self.reference = load_reference(self.reference_model, policy, self.tokenizer)
-        return policy
+        return without_dropout(super().load_model())
+
+    def load_reference(self) -> PreTrainedModel:
+        """The named reference, or the starting policy as it was loaded."""
+        if self.reference_model is None:
+            return load_causal_lm(self.model_name, self.tokenizer)
+        return load_causal_lm(self.reference_model, self.tokenizer, option="model.reference_model")
+
+    @override
+    def on_train_start(self) -> None:
+        if self.precompute_reference:
+            digest = model_digest(self.reference.like(self.model), [str(self.trainer.precision)])
+            file = Path(self.trainer.default_root_dir).parent / "cache" / f"reference-{digest}.json"
+            self._reference_table = ask_about_run(self.trainer, self.reference_log_probs, file)
+            self.reference.free()
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, PreferenceBatch) and self._reference_table and self.trainer.training:
+            return batch._replace(reference_log_probs=look_up(self._reference_table, batch))
+        return batch
 
     @override
     def configure_model(self) -> None:
@@ -91,10 +116,12 @@ class DPOModule(FineTuningModule):
 
     @override
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        policy = pair_log_probs(completion_logits(self.model, batch.tokens))
-        with torch.no_grad():
-            reference = pair_log_probs(completion_logits(self.reference.like(self.model), batch.tokens))
-        losses, metrics = self.preference_losses(policy, reference)
+        policy = pair_log_probs(completion_tokens(self.model, batch.tokens, groups=batch.pairs()))
+        reference_log_probs = batch.reference_log_probs
+        if reference_log_probs is None:
+            reference_log_probs = self.reference_log_probs(batch)
+        chosen, rejected = reference_log_probs.chunk(2)
+        losses, metrics = self.preference_losses(policy, policy._replace(chosen=chosen, rejected=rejected))
         if self.is_first_step and self.reference_model in (None, self.model_name):
             self.check_policy_is_reference(metrics["margin"])
         metrics["loss"] = losses.detach()
@@ -103,13 +130,28 @@ class DPOModule(FineTuningModule):
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        policy = completion_logits(self.model, batch.tokens)
-        reference = completion_logits(self.reference.like(self.model), batch.tokens)
-        losses, metrics = self.preference_losses(pair_log_probs(policy), pair_log_probs(reference))
-        kl = token_kl(policy.logits, reference.logits)  # over the data's prefixes, nats per token
+        policy, reference = (
+            completion_states(model, batch.tokens, batch.pairs())
+            for model in (self.model, self.reference.like(self.model))
+        )
+        losses, metrics = self.preference_losses(
+            pair_log_probs(read_tokens(policy)), pair_log_probs(read_tokens(reference))
+        )
+        kl = states_kl(policy, reference)  # over the data's prefixes, nats per token
         for name, values in {**metrics, "loss": losses, "kl": kl}.items():
             if name in self.val_metrics:
                 self.val_metrics[name].update(values)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def reference_log_probs(self, batch: PreferenceBatch) -> Float[Tensor, " batch"]:
+        """What the reference gives to each completion, all chosen first."""
+        completions = completion_tokens(self.reference.like(self.model), batch.tokens, groups=batch.pairs())
+        return completions.sum_by_sequence(completions.log_probs)
+
+    @override
+    def on_validation_end(self) -> None:
+        if self.precompute_reference and not self.trainer.sanity_checking:
+            self.reference.free()
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -165,9 +207,8 @@ class DPOModule(FineTuningModule):
             )
 
 
-def pair_log_probs(completions: CompletionLogits) -> PairLogProbs:
+def pair_log_probs(completions: CompletionTokens) -> PairLogProbs:
     """Log-probabilities of both completions of each pair, summed over their tokens."""
-    token = token_log_probs(completions.logits, completions.token_ids)
-    sums = completions.sum_by_sequence(token).chunk(2)
-    counts = completions.count_by_sequence().to(token.dtype).chunk(2)
+    sums = completions.sum_by_sequence(completions.log_probs).chunk(2)
+    counts = completions.count_by_sequence().to(completions.log_probs.dtype).chunk(2)
     return PairLogProbs(sums[0], sums[1], counts[0], counts[1])

@@ -1,15 +1,20 @@
 """Sampling completions: one free function, shared by RLOO and the evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import TokenBatch
-from lightning_modules.forward import position_ids
+from lightning_modules.decoders import decoder, left_padded
+from lightning_modules.functional.sampling import draw_tokens
+
+STEPS_BETWEEN_LOOKS = 16
+"""Tokens between looks for finished rows on an accelerator, where each look waits for it."""
 
 
 class Samples(NamedTuple):
@@ -18,6 +23,8 @@ class Samples(NamedTuple):
     tokens: TokenBatch
     finished: Bool[Tensor, " batch"]
     """Whether the completion ended with a stop token, not at the length limit."""
+    log_probs: Float[Tensor, " token"]
+    """Of each completion token under the distribution that it was drawn from, rows in reading order; float32 nats."""
 
     def completion_lengths(self) -> Int[Tensor, " batch"]:
         """Tokens of each completion, its stop token included."""
@@ -29,7 +36,7 @@ class Samples(NamedTuple):
         return [str(tokenizer.decode(ids[mask], skip_special_tokens=True)) for ids, mask in rows]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a cache and a mask that grow by a token would be compiled again at each
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # caches and masks that grow would be compiled again at each token
 @torch.no_grad()
 def sample_completions(
     model: PreTrainedModel,
@@ -38,77 +45,76 @@ def sample_completions(
     max_completion_length: int,
     stop_token_ids: Sequence[int],
     seeds: Sequence[int],
+    samples_per_prompt: int = 1,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    min_length: int = 0,
 ) -> Samples:
-    """Sample one completion for each prompt, up to its stop token or the length limit.
+    """Complete each prompt, up to a stop token or the length limit.
 
-    A completion is drawn by inverting its distribution at uniform numbers that come from its own seed alone, so on
-    the CPU in float32 it does not depend on the prompts beside it.
+    A completion is drawn by inverting its distribution at uniform numbers that come from its own seed alone. On the
+    CPU in float32 it is the same whatever stands beside it, bit for bit, if the model is of the family that
+    ``decode.FamilyDecoder`` knows and torch has oneDNN (any x86 build); elsewhere another batch may round logits
+    otherwise, and so, rarely, draw another token.
 
     Args:
-        model: Any causal language model of transformers; it is put into eval mode while it samples.
-        prompt_ids: Unpadded prompts.
+        model: Any causal language model of transformers; it is in eval mode while it samples.
+        prompt_ids: Unpadded prompts, each read once.
         max_completion_length: Most tokens of a completion, the stop token included.
-        stop_token_ids: Tokens that end a completion.
-        seeds: One for each prompt.
+        stop_token_ids: Tokens that end a completion; with none, each has the greatest length.
+        seeds: One for each sample; a prompt's samples are neighbours.
+        samples_per_prompt: Completions of each prompt.
         temperature: The logits are divided by it; 0 takes the likeliest token.
         top_p: Sample from the smallest set of likeliest tokens that holds this probability.
+        top_k: Sample from so many likeliest tokens; 0 for all.
+        min_length: No stop token is among a completion's first so many tokens.
     """
-    was_training = model.training
+    device = model.device
+    stops = torch.tensor([token for token in stop_token_ids if token < model.config.vocab_size], dtype=torch.long)
+    pad_token_id = int(stops[0]) if len(stops) else 0
+    stops = stops.to(device)
+    uniforms = _uniforms(seeds, max_completion_length).to(device)
+    tokens = torch.full(uniforms.shape, pad_token_id, device=device)
+    log_probs = torch.zeros_like(uniforms)
+    rows = torch.arange(len(seeds), device=device)  # what each row of the decoder is a completion of
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    with _evaluating(model):
+        decoding = decoder(
+            model,
+            prompt_ids,
+            samples_per_prompt=samples_per_prompt,
+            max_completion_length=max_completion_length,
+        )
+        logits = decoding.start()
+        for step in range(max_completion_length):
+            if step < min_length:
+                logits = logits.index_fill(-1, stops, -torch.inf)
+            drawn, log_prob = draw_tokens(
+                logits, uniforms[rows, step], temperature=temperature, top_p=top_p, top_k=top_k
+            )
+            tokens[rows, step], log_probs[rows, step] = drawn, log_prob
+            ended |= torch.isin(drawn, stops)
+            if step + 1 == max_completion_length or (leaves := _leaves(ended, step)) == len(rows):
+                break
+            if leaves:
+                kept = _order_without(ended)
+                decoding.keep(kept)
+                rows, drawn, ended = rows[kept], drawn[kept], ended[kept]
+            logits = decoding.step(drawn)
+    return _samples(prompt_ids, samples_per_prompt, tokens, log_probs, stops=stops, pad_token_id=pad_token_id)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        device = model.device
-        stops = torch.tensor(list(stop_token_ids), device=device)
-        ids, attention_mask = _left_padded(prompt_ids, device, pad_token_id=int(stops[0]))
-        uniforms = _uniforms(seeds, max_completion_length).to(device)
-        cache = DynamicCache(config=model.config)
-        positions = position_ids(attention_mask)
-        finished = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        sampled: list[Tensor] = []
-        alive: list[Tensor] = []
-        step_ids = ids
-        for step in range(max_completion_length):
-            logits = model(
-                input_ids=step_ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-                use_cache=True,
-            ).logits[:, -1]
-            token = _draw(logits, uniforms[:, step], temperature=temperature, top_p=top_p)
-            token = torch.where(finished, stops[0], token)
-            sampled.append(token)
-            alive.append(~finished)
-            finished = finished | torch.isin(token, stops)
-            if finished.all():
-                break
-            step_ids = token.unsqueeze(1)
-            attention_mask = torch.cat([attention_mask, torch.ones_like(step_ids, dtype=torch.bool)], dim=1)
-            positions = positions[:, -1:] + 1
+        yield
     finally:
-        model.train(was_training)
-    completion_mask = torch.stack(alive, dim=1)
-    prompt_mask = attention_mask[:, : ids.shape[1]]
-    tokens = TokenBatch(
-        input_ids=torch.cat([ids, torch.stack(sampled, dim=1)], dim=1),
-        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
-        completion_mask=torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1),
-    )
-    return Samples(tokens, finished)
-
-
-def _left_padded(
-    prompt_ids: Sequence[Tensor], device: torch.device, *, pad_token_id: int
-) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
-    width = max(map(len, prompt_ids))
-    ids = torch.full((len(prompt_ids), width), pad_token_id, dtype=torch.long, device=device)
-    mask = torch.zeros(len(prompt_ids), width, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompt_ids):
-        ids[row, width - len(prompt) :] = prompt.to(device)
-        mask[row, width - len(prompt) :] = True
-    return ids, mask
+        for module, training in modes:
+            module.training = training
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "batch step"]:
@@ -116,18 +122,49 @@ def _uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "batch step"]:
     return torch.stack([torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds])
 
 
-def _draw(
-    logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"], *, temperature: float, top_p: float
-) -> Int[Tensor, " batch"]:
-    """Invert the cumulative distribution of each row at its uniform number."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    cumulative = probabilities.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    likeliest = probabilities.argmax(-1)  # for a uniform number that rounding put beyond the last probability
-    return torch.where(drawn < logits.shape[-1], drawn, likeliest)
+def _leaves(ended: Bool[Tensor, " batch"], step: int) -> int:
+    """How many rows leave at this step.
+
+    On a CPU each that has ended. On an accelerator a look waits for it, and a smaller batch is a new graph to capture
+    for little less time a step: so it looks seldom, and rows leave when half of them can.
+    """
+    if ended.device.type == "cpu":
+        return int(ended.sum())
+    if (step + 1) % STEPS_BETWEEN_LOOKS:
+        return 0
+    count = int(ended.sum())
+    return count if 2 * count >= len(ended) else 0
+
+
+def _order_without(ended: Bool[Tensor, " batch"]) -> Int[Tensor, " kept"]:
+    """The rows that go on: the last of them in the places that have become free, all others where they are."""
+    going_on = (~ended).nonzero().squeeze(1)
+    order = torch.arange(len(going_on), device=ended.device)
+    order[ended[: len(order)]] = going_on[going_on >= len(order)]
+    return order
+
+
+def _samples(
+    prompt_ids: Sequence[Tensor],
+    samples_per_prompt: int,
+    tokens: Int[Tensor, "batch step"],
+    log_probs: Float[Tensor, "batch step"],
+    *,
+    stops: Int[Tensor, " stop"],
+    pad_token_id: int,
+) -> Samples:
+    is_stop = torch.isin(tokens, stops)
+    completion_mask = is_stop.cumsum(1) - is_stop.long() == 0
+    longest = int(completion_mask.any(0).sum())
+    completion_mask = completion_mask[:, :longest]
+    completions = tokens[:, :longest].masked_fill(~completion_mask, pad_token_id)
+    ids, prompt_mask = (
+        part.to(tokens.device).repeat_interleave(samples_per_prompt, dim=0)
+        for part in left_padded(prompt_ids, pad_token_id=pad_token_id)
+    )
+    batch = TokenBatch(
+        input_ids=torch.cat([ids, completions], dim=1),
+        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+        completion_mask=torch.cat([torch.zeros_like(prompt_mask), completion_mask], dim=1),
+    )
+    return Samples(batch, is_stop.any(1), log_probs[:, :longest][completion_mask])

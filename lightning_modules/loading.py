@@ -1,6 +1,7 @@
 """Loading models: from the hub or a directory, every tensor accounted for, in float32 master weights."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,23 +124,37 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class FrozenReference:
-    """A frozen copy that is not a submodule: in no checkpoint, no optimiser, and wherever the policy is when asked."""
+    """A frozen model that is not a submodule: in no checkpoint, no optimiser, and wherever the policy is when asked.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model: Any = without_dropout(model).eval().requires_grad_(False)
+    Args:
+        load: Gives the model when it is first asked for, and again after it was freed.
+    """
+
+    def __init__(self, load: Callable[[], PreTrainedModel]) -> None:
+        self._load = load
+        self._model: Any = None
 
     def like(self, policy: PreTrainedModel) -> PreTrainedModel:
         """The reference, on the policy's device and in its dtype."""
         with torch.inference_mode(False):  # in a validation its weights would become inference tensors for good
+            if self._model is None:
+                self._model = without_dropout(self._load()).eval().requires_grad_(False)
             self._model.to(device=policy.device, dtype=policy.dtype)
         reference: PreTrainedModel = self._model
         return reference
+
+    def free(self) -> None:
+        """Let go of the model until it is asked for again."""
+        self._model = None
 
 
 def load_reference(
     reference_model: str | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> FrozenReference:
     """The named reference, or the policy as it stands, which is as it was loaded."""
-    if reference_model is None:
-        return FrozenReference(copy.deepcopy(policy))
-    return FrozenReference(load_causal_lm(reference_model, tokenizer, option="model.reference_model"))
+    model = (
+        copy.deepcopy(policy)
+        if reference_model is None
+        else load_causal_lm(reference_model, tokenizer, option="model.reference_model")
+    )
+    return FrozenReference(lambda: model)

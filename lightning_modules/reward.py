@@ -34,7 +34,7 @@ class RewardModule(FineTuningModule):
 
     @override
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        chosen, rejected = sequence_scores(self.model, batch.tokens).chunk(2)
+        chosen, rejected = sequence_scores(self.model, batch.tokens, groups=batch.pairs()).chunk(2)
         losses = bradley_terry_loss(chosen, rejected)
         metrics = {
             "loss": losses.mean(),
@@ -46,7 +46,7 @@ class RewardModule(FineTuningModule):
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        chosen, rejected = sequence_scores(self.model, batch.tokens).chunk(2)
+        chosen, rejected = sequence_scores(self.model, batch.tokens, groups=batch.pairs()).chunk(2)
         self.val_loss.update(bradley_terry_loss(chosen, rejected))
         self.val_accuracy.update(accuracy(chosen - rejected))
         self.val_margin.update(chosen - rejected)

@@ -18,8 +18,7 @@ from typing_extensions import override
 from datamodules.batches import PromptBatch, TokenBatch
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionLogits, completion_logits
-from lightning_modules.functional.log_probs import token_entropy, token_log_probs
+from lightning_modules.forward import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
     kl_penalised_rewards,
@@ -49,7 +48,8 @@ class RLOOModule(FineTuningModule):
     Args:
         reward: Directory or hub id of a reward model, or the import path of a function or class that is a
             ``lightning_modules.rewards.Reward``; a weighted list is ``lightning_modules.rewards.WeightedReward``.
-        beta: Weight of the log-ratio to the reference in the reward; 0 for no penalty.
+        beta: Weight of the log-ratio to the reference in the reward; 0 for no penalty, no reference in memory and no
+            forward pass of it.
         samples_per_prompt: k, at least 2.
         max_completion_length: Longest sample in tokens, its end-of-turn token included.
         temperature: Of the sampling; log-probabilities are taken at the same one.
@@ -111,7 +111,8 @@ class RLOOModule(FineTuningModule):
     @override
     def load_model(self) -> PreTrainedModel:
         policy = without_dropout(super().load_model())
-        self.reference = load_reference(self.reference_model, policy, self.tokenizer)
+        if self.beta:
+            self.reference = load_reference(self.reference_model, policy, self.tokenizer)
         return policy
 
     @override
@@ -121,7 +122,7 @@ class RLOOModule(FineTuningModule):
     @override
     def configure_model(self) -> None:
         super().configure_model()
-        names = ("score", "reward", "kl", "completion_length", "truncated")
+        names = ("score", "reward", *(("kl",) if self.beta else ()), "completion_length", "truncated")
         self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
 
     @override
@@ -131,12 +132,9 @@ class RLOOModule(FineTuningModule):
         samples = self.sample(batch, count=self.samples_per_prompt, seed_words=(self.current_epoch, batch_idx))
         scores = self.score(batch, samples)
 
-        completions = completion_logits(self.model, samples.tokens)
-        log_probs = self.completion_log_probs(completions)
-        with torch.no_grad():
-            reference = self.reference.like(self.model)
-            reference_log_probs = self.completion_log_probs(completion_logits(reference, samples.tokens))
-            log_ratios = log_probs.detach() - reference_log_probs
+        completions = self.completions(self.model, samples.tokens, entropy=True)
+        log_probs = self.by_prompt(completions)
+        log_ratios = self.log_ratios(log_probs.detach(), samples)
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
         advantages = leave_one_out_advantages(rewards)
         losses = policy_gradient_loss(log_probs, advantages)
@@ -150,7 +148,7 @@ class RLOOModule(FineTuningModule):
 
     def further_update(self, rollout: Rollout) -> Tensor:
         """The clipped loss on samples of an earlier policy."""
-        log_probs = self.completion_log_probs(completion_logits(self.model, rollout.tokens))
+        log_probs = self.by_prompt(self.completions(self.model, rollout.tokens))
         losses = clipped_policy_gradient_loss(
             log_probs, rollout.old_log_probs, rollout.advantages, clip_range=self.clip_range
         )
@@ -160,13 +158,14 @@ class RLOOModule(FineTuningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         samples = self.sample(batch, count=1, seed_words=("validation", batch_idx))
         scores = self.score(batch, samples)
-        reference = self.reference.like(self.model)
-        log_probs = self.completion_log_probs(completion_logits(self.model, samples.tokens), count=1)
-        log_ratios = log_probs - self.completion_log_probs(completion_logits(reference, samples.tokens), count=1)
+        log_ratios = torch.zeros_like(scores)
+        if self.beta:
+            log_probs = self.by_prompt(self.completions(self.model, samples.tokens, count=1), count=1)
+            log_ratios = self.log_ratios(log_probs, samples)
+            self.update_val("kl", log_ratios)
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
         self.update_val("score", scores[~scores.isnan()])
         self.update_val("reward", rewards[~rewards.isnan()])
-        self.update_val("kl", log_ratios)
         self.update_val("completion_length", samples.completion_lengths().float())
         self.update_val("truncated", (~samples.finished).float())
 
@@ -185,13 +184,13 @@ class RLOOModule(FineTuningModule):
         """``count`` samples of each prompt, neighbours in the batch; the same for the same seed, words and rank."""
         words = (os.environ.get("PL_GLOBAL_SEED", "0"), *seed_words, self.global_rank)
         random_seeds = random.Random("-".join(map(str, words)))
-        prompts = [prompt for prompt in batch.prompt_ids for _ in range(count)]
         samples: Samples = sample_completions(
             self.model,
-            prompts,
+            batch.prompt_ids,
             max_completion_length=self.max_completion_length,
             stop_token_ids=self.stop_token_ids(),
-            seeds=[random_seeds.getrandbits(63) for _ in prompts],
+            seeds=[random_seeds.getrandbits(63) for _ in range(count * len(batch.prompt_ids))],
+            samples_per_prompt=count,
             temperature=self.temperature,
         )
         return samples
@@ -207,12 +206,29 @@ class RLOOModule(FineTuningModule):
         """The scores, less the missing-EOS penalty of samples that were cut."""
         return scores - self.missing_eos_penalty * (~samples.finished).view_as(scores)
 
-    def completion_log_probs(
-        self, completions: CompletionLogits, *, count: int | None = None
-    ) -> Float[Tensor, "prompt sample"]:
-        """Log-probability of each whole completion at the sampling temperature."""
-        token = token_log_probs(completions.logits, completions.token_ids, temperature=self.temperature)
-        return completions.sum_by_sequence(token).view(-1, count or self.samples_per_prompt)
+    @torch.no_grad()
+    def log_ratios(self, log_probs: Float[Tensor, "prompt sample"], samples: Samples) -> Float[Tensor, "prompt sample"]:
+        """Policy minus reference, of whole completions; 0 where nothing asks for the reference."""
+        if not self.beta:
+            return torch.zeros_like(log_probs)
+        count = log_probs.shape[1]
+        reference = self.completions(self.reference.like(self.model), samples.tokens, count=count)
+        return log_probs - self.by_prompt(reference, count=count)
+
+    def completions(
+        self, model: PreTrainedModel, tokens: TokenBatch, *, count: int | None = None, entropy: bool = False
+    ) -> CompletionTokens:
+        """Log-probabilities at the sampling temperature; a prompt is run once for its neighbouring samples."""
+        prompts = [row // (count or self.samples_per_prompt) for row in range(len(tokens.input_ids))]
+        completions: CompletionTokens = completion_tokens(
+            model, tokens, temperature=self.temperature, entropy=entropy, groups=prompts
+        )
+        return completions
+
+    def by_prompt(self, completions: CompletionTokens, *, count: int | None = None) -> Float[Tensor, "prompt sample"]:
+        """Log-probability of each whole completion."""
+        sums: Tensor = completions.sum_by_sequence(completions.log_probs)
+        return sums.view(-1, count or self.samples_per_prompt)
 
     @override
     def optimizer_step(
@@ -259,7 +275,7 @@ class RLOOModule(FineTuningModule):
         scores: Float[Tensor, "prompt sample"],
         rewards: Float[Tensor, "prompt sample"],
         log_ratios: Float[Tensor, "prompt sample"],
-        completions: CompletionLogits,
+        completions: CompletionTokens,
     ) -> None:
         """Log what the samples were like, and now and then some of them."""
         scored = scores[~scores.isnan()]
@@ -268,19 +284,31 @@ class RLOOModule(FineTuningModule):
             self.log("train/reward", rewards[~rewards.isnan()].mean(), batch_size=len(scored))
         lengths = samples.completion_lengths().float()
         alike = (scores.nan_to_num(nan=torch.inf).amax(1) - scores.nan_to_num(nan=-torch.inf).amin(1)) == 0
+        assert completions.entropy is not None
         metrics = {
-            "kl": log_ratios.mean(),
-            "entropy": token_entropy(completions.logits.detach(), temperature=self.temperature).mean(),
+            "sampler_drift": self.sampler_drift(samples, completions),
+            "entropy": completions.entropy.mean(),
             "completion_length": lengths.mean(),
             "truncated": (~samples.finished).float().mean(),
             "alike": alike.float().mean(),
             "unscored": scores.isnan().float().mean(),
         }
+        if self.beta:
+            metrics["kl"] = log_ratios.mean()
         self.log_step(metrics, batch_size=len(lengths))
         first_of_step = self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
         due = self.trainer.global_step % self.log_completions_every == 0 and first_of_step
         if due and self.trainer.is_global_zero:
             self._log_completions(batch, samples, scores)
+
+    def sampler_drift(self, samples: Samples, completions: CompletionTokens) -> Float[Tensor, ""]:
+        """Mean over tokens of how far apart, in nats, sampler and training forward hold a token's log-probability.
+
+        The loss takes the training forward's: its gradient needs that forward in any case, and the sampler's, from
+        a cache and other kernels, are equal to it in exact arithmetic alone. In float32 the drift is rounding, some
+        1e-6; in bfloat16 it says how far off-policy the samples are.
+        """
+        return (samples.log_probs - completions.log_probs.detach()).abs().mean()
 
     def _log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:
         prompts = [p[-1]["content"] for p in batch.prompts for _ in range(scores.shape[1])]

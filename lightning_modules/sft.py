@@ -7,8 +7,7 @@ from typing_extensions import override
 
 from datamodules.batches import TokenBatch
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import completion_logits
-from lightning_modules.functional.log_probs import token_log_probs
+from lightning_modules.forward import completion_tokens
 
 
 class SFTModule(FineTuningModule):
@@ -25,20 +24,20 @@ class SFTModule(FineTuningModule):
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        completions = completion_logits(self.model, batch)
+        alike = torch.ones(len(batch.input_ids), device=self.device)  # the loss is a sum, so all tokens weigh the same
+        losses = -completion_tokens(self.model, batch, row_weights=alike).log_probs
         if self.is_first_step:
-            require(len(completions.token_ids) > 0, "the first batch must have supervised tokens", 0)
-        losses = -token_log_probs(completions.logits, completions.token_ids)
+            require(len(losses) > 0, "the first batch must have supervised tokens", 0)
         self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))
         self.log("train/tokens", float(len(losses)), batch_size=1, reduce_fx="sum")
         return self.sum_for_step(losses, len(losses))
 
     @override
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        completions = completion_logits(self.model, batch)
-        losses = -token_log_probs(completions.logits, completions.token_ids)
-        self.val_loss.update(losses)
-        self.val_accuracy.update((completions.logits.argmax(-1) == completions.token_ids).float())
+        completions = completion_tokens(self.model, batch, accuracy=True)
+        assert completions.correct is not None
+        self.val_loss.update(-completions.log_probs)
+        self.val_accuracy.update(completions.correct.float())
 
     @override
     def on_validation_epoch_end(self) -> None:

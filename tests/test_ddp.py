@@ -35,11 +35,15 @@ SLOW = pytest.mark.slow
 )
 def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, tmp_path: Path) -> None:
     overlay = ["--config", "configs/trainer/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
-    result = launch("fit", "--config", config(method), *overlay)
+    budget = {"tokens_per_batch": 128} if method == "DPOModule" else {}
+    result = launch("fit", "--config", config(method, data=budget), *overlay)
     assert result.returncode == 0, result.stderr[-3000:]
     run = tmp_path / "run"
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
     assert (run / "final" / "model.safetensors").is_file()
+    if method == "DPOModule":
+        (cache,) = (tmp_path / "cache").iterdir()
+        assert len(json.loads(cache.read_text())) == 7  # each process has asked about its own pairs
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("val/loss" in line or "val/score" in line for line in logged) == 1
     if method != "RewardModule":

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from datamodules.batches import TokenBatch, pad
-from lightning_modules.forward import completion_logits, sequence_scores
+from lightning_modules.forward import completion_tokens, sequence_scores
 from lightning_modules.functional.log_probs import token_entropy, token_kl, token_log_probs
 
 
@@ -48,8 +48,8 @@ def test_kl_by_hand_and_in_the_right_direction() -> None:
 def test_completion_log_probs_equal_a_row_by_row_computation(model: PreTrainedModel) -> None:
     rows = [[1, 2, 3, 4, 5, 6], [9, 8, 7], [4, 4, 4, 4]]
     masks = [[False, False, True, True, False, True], [False, True, True], [False] * 3 + [True]]
-    completions = completion_logits(model, pad(rows, masks, pad_token_id=4))  # a pad id that is also a real token
-    ours = completions.sum_by_sequence(token_log_probs(completions.logits, completions.token_ids))
+    completions = completion_tokens(model, pad(rows, masks, pad_token_id=4))  # a pad id that is also a real token
+    ours = completions.sum_by_sequence(completions.log_probs)
     for row, mask, value in zip(rows, masks, ours.tolist(), strict=True):
         log_probs = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
         expected = sum(log_probs[t - 1, row[t]].item() for t in range(1, len(row)) if mask[t])
@@ -66,8 +66,7 @@ def test_padding_on_either_side_never_changes_a_completion_log_prob(model: PreTr
             torch.tensor([[False] * left + [True] * 5 + [False] * right]),
             torch.tensor([[False] * left + mask + [False] * right]),
         )
-        completions = completion_logits(model, batch)
-        return token_log_probs(completions.logits, completions.token_ids)
+        return completion_tokens(model, batch).log_probs
 
     torch.testing.assert_close(log_probs(3, 0), log_probs(0, 0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(log_probs(0, 4), log_probs(0, 0), atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,22 @@ def first_gradients(
             seen.update({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
 
     module.configure_gradient_clipping = remembering  # type: ignore[method-assign]
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, DataLoader(list(batches), batch_size=None))
+    with tempfile.TemporaryDirectory() as root:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            default_root_dir=Path(root) / "run",
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=clip,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, DataLoader(list(batches), batch_size=None))
     assert seen
     return seen
 
@@ -295,9 +298,7 @@ def test_the_second_update_of_a_rollout_uses_the_clipped_ratio_on_the_same_sampl
         rollouts.append(rollout)
         steps.append(module.trainer.global_step)
         with torch.no_grad():
-            from lightning_modules.forward import completion_logits
-
-            moved = module.completion_log_probs(completion_logits(module.model, rollout.tokens))
+            moved = module.by_prompt(module.completions(module.model, rollout.tokens))
         assert not torch.allclose(moved, rollout.old_log_probs)
         return further(rollout)
 

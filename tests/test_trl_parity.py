@@ -16,11 +16,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from datamodules.batches import TokenBatch, collate_conversations, collate_preferences, pad
+from datamodules.batches import PreferenceBatch, TokenBatch, collate_conversations, collate_preferences, pad
 from lightning_modules import DPOModule
 from lightning_modules.dpo import PairLogProbs, pair_log_probs
-from lightning_modules.forward import completion_logits
-from lightning_modules.functional.log_probs import token_log_probs
+from lightning_modules.forward import completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
     kl_penalised_rewards,
@@ -115,8 +114,7 @@ def test_sft_on_masked_rows_equals_trl_however_trl_splits_the_step(tiny_model_di
     trainer = make_trainer("SFT", tiny_model_dir, CONVERSATIONS, {"completion_only_loss": True})
     policy = move(load(tiny_model_dir))
     tokens = collate_conversations(CONVERSATIONS, pad_token_id=trainer.processing_class.pad_token_id)
-    completions = completion_logits(policy, tokens)
-    losses = -token_log_probs(completions.logits, completions.token_ids)
+    losses = -completion_tokens(policy, tokens).log_probs
     assert len(losses) == 4 + 2 + 1 + 5  # nothing predicts the first token of a row
 
     rows = list(trainer.train_dataset)
@@ -142,8 +140,9 @@ def our_log_probs(directory: Path, rows: Sequence[Row]) -> tuple[PreTrainedModel
     tokens = collate_preferences(rows, pad_token_id=pad_token_id, tail_ids=[10]).tokens
     policy = move(load(directory))
     with torch.no_grad():
-        reference = pair_log_probs(completion_logits(load(directory), tokens))
-    return policy, pair_log_probs(completion_logits(policy, tokens)), reference
+        reference = pair_log_probs(completion_tokens(load(directory), tokens))
+    pairs = PreferenceBatch(tokens).pairs()
+    return policy, pair_log_probs(completion_tokens(policy, tokens, groups=pairs)), reference
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "robust", "conservative"])
@@ -197,9 +196,9 @@ class Rollout(NamedTuple):
 
 
 def our_completion_log_probs(model: PreTrainedModel, tokens: TokenBatch) -> Tensor:
-    completions = completion_logits(model, tokens)
-    token = token_log_probs(completions.logits, completions.token_ids, temperature=TEMPERATURE)
-    return completions.sum_by_sequence(token).view(len(PROMPTS), -1)
+    prompts = [row * len(PROMPTS) // len(SAMPLES) for row in range(len(SAMPLES))]
+    completions = completion_tokens(model, tokens, temperature=TEMPERATURE, groups=prompts)
+    return completions.sum_by_sequence(completions.log_probs).view(len(PROMPTS), -1)
 
 
 def roll_out(directory: Path, scores: Sequence[float | None]) -> Rollout:

@@ -1,0 +1,77 @@
+"""Batches of a token budget in the place of a number of rows, alike on every process."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DistributedSampler
+from typing_extensions import override
+
+
+class TokenBudgetSampler(DistributedSampler[list[int]]):
+    """Yields lists of rows whose tokens fit a budget; a ``DataLoader`` takes it with ``batch_size=None``.
+
+    The rows are packed once, so that every epoch has the same number of batches; their order is another each epoch.
+
+    Args:
+        lengths: Tokens of each row; one above the budget has a batch of its own.
+        budget: Most tokens of a batch.
+        world_size: Processes.
+        rank: Of this process.
+        shuffle: Whether rows meet at random and batches come in a new order each epoch. Every process then has the
+            same number of batches, for which some are split; else the last ones may have one less.
+        seed: Of the packing and of the orders.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], *, budget: int, world_size: int, rank: int, shuffle: bool, seed: int
+    ) -> None:
+        super().__init__(range(len(lengths)), world_size, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        order = self._order(len(lengths), seed) if shuffle else range(len(lengths))
+        self.batches = best_fit(lengths, order, budget=budget)
+        if shuffle:
+            self.batches = split_to_multiple(self.batches, world_size)
+
+    @override
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]  # the base class yields single rows
+        count = len(self.batches)
+        order = self._order(count, self.seed + self.epoch) if self.shuffle else range(count)
+        return (self.batches[i] for i in order[self.rank :: self.num_replicas])
+
+    @override
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.batches), self.num_replicas))
+
+    @staticmethod
+    def _order(count: int, seed: int) -> Sequence[int]:
+        order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        return order
+
+
+def best_fit(lengths: Sequence[int], order: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Put each row into the batch that it leaves the least room in, and into a new one where it fits in none."""
+    batches: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # what is left of each open batch, in rising order, and which one it is
+    for row in order:
+        at = bisect_left(rooms, (lengths[row], -1))
+        if at < len(rooms):
+            room, batch = rooms.pop(at)
+        else:
+            room, batch = budget, len(batches)
+            batches.append([])
+        batches[batch].append(row)
+        if room > lengths[row]:
+            insort(rooms, (room - lengths[row], batch))
+    return batches
+
+
+def split_to_multiple(batches: Sequence[list[int]], multiple: int) -> list[list[int]]:
+    """Halve the batches of most rows until their number is a multiple; where all have one row, repeat some."""
+    result = list(batches)
+    while len(result) % multiple:
+        largest = max(range(len(result)), key=lambda i: len(result[i]))
+        rows = result[largest]
+        middle = len(rows) // 2
+        result[largest] = rows[middle:]
+        result.append(rows[:middle] or rows)
+    return result

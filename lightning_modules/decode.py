@@ -1,0 +1,248 @@
+"""A decode step of our own for the Llama and Qwen2 family: one token a row, without transformers' cost a layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from lightning_modules.cuda_graphs import StepGraphs
+from lightning_modules.projections import Projection, projection
+
+FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose frequencies do not depend on the sequence's length."""
+BLOCK = 128
+"""Cached tokens that attention reads together: a row's sums are then the same however long the rows beside it are."""
+
+
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether the architecture is exactly the one that ``FamilyDecoder`` computes."""
+    if type(model) not in FAMILY:
+        return False
+    config = model.config
+    rope = config.rope_parameters
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    windowed = isinstance(model, MistralForCausalLM) and config.sliding_window is not None
+    linears = [
+        module
+        for layer in model.model.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, module in part.named_children()
+        if name.endswith("_proj")
+    ]
+    return (
+        rope["rope_type"] in FIXED_ROTATIONS
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and set(kinds) == {"full_attention"}
+        and not windowed
+        and all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])  # no adapters, no quantisation
+        and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
+        and {parameter.device for parameter in model.parameters()} == {model.device}
+    )
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""From a layer's storage, the new queries, keys and values, and the scaling to what the queries attend to."""
+
+
+class Layer(NamedTuple):
+    """What a decode step needs of a transformer layer."""
+
+    attention_norm: nn.Module
+    query_key_value: Projection
+    output: Projection
+    mlp_norm: nn.Module
+    gate_up: Projection
+    activation: nn.Module
+    down: Projection
+    scaling: float
+
+
+class FamilyDecoder:
+    """Completes prompts token by token; see ``decoders.Decoder``.
+
+    Keys and values stand in storage of the final length, a row's token t in place t, so that a row's numbers depend
+    on neither padding nor the rows beside it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: Sequence[Int[Tensor, " _"]],
+        *,
+        samples_per_prompt: int,
+        max_completion_length: int,
+    ) -> None:
+        config, device = model.config, model.device
+        self.model = model
+        self.prompt_ids = prompt_ids
+        self.samples_per_prompt = samples_per_prompt
+        self.dtype = _compute_dtype(model)
+        lengths = torch.tensor([len(prompt) for prompt in prompt_ids]).repeat_interleave(samples_per_prompt)
+        self.longest = int(lengths.max())
+        self.positions = lengths.to(device)
+        """Where the row's next token goes."""
+        self.head_dim = int(model.model.layers[0].self_attn.head_dim)
+        self.head_counts = (config.num_attention_heads, config.num_key_value_heads)
+        capacity = _whole_blocks(self.longest + max_completion_length)
+        shape = (config.num_hidden_layers, 2, len(lengths), self.head_counts[1], capacity, self.head_dim)
+        self.cache = torch.zeros(shape, dtype=self.dtype, device=device)  # zeros: NaN would pass through the mask
+        self.rotation = _rotation(model, capacity)
+        self.layers = [_layer(layer, self.dtype) for layer in model.model.layers]
+        self.head = projection([model.lm_head], self.dtype)
+        self.graphs = StepGraphs()  # is told the step each time: knowing it, it would keep this object alive
+
+    def start(self) -> Float[Tensor, "batch vocab"]:
+        """Read each prompt once, and give its samples the distribution of their first token."""
+        # One by one where there are few cores: as fast, and no prompt's numbers depend on another prompt's length.
+        total = len(self.prompt_ids)
+        count = 1 if self.model.device.type == "cpu" else total
+        parts = [self._read(first, self.prompt_ids[first : first + count]) for first in range(0, total, count)]
+        return torch.cat(parts).repeat_interleave(self.samples_per_prompt, dim=0)
+
+    def _read(self, first: int, prompts: Sequence[Tensor]) -> Float[Tensor, "prompt vocab"]:
+        """Prompts laid end to end, attention within each."""
+        lengths = [len(prompt) for prompt in prompts]
+        device = self.model.device
+
+        def attend(storage: Tensor, query: Tensor, key_value: Tensor, scaling: float) -> Tensor:
+            attended = []
+            for place, (part, kept) in enumerate(zip(query.split(lengths), key_value.split(lengths), strict=True)):
+                row = (first + place) * self.samples_per_prompt
+                written = kept.permute(1, 2, 0, 3)
+                storage[:, row : row + self.samples_per_prompt, :, : len(kept)] = written.unsqueeze(1)
+                attended.append(_attend_causally(part.permute(1, 2, 0, 3), *written, scaling=scaling))
+            return torch.cat(attended)
+
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        hidden = self._run(torch.cat([prompt.to(device) for prompt in prompts]), positions, attend)
+        return self.head(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
+
+    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Append a token to each row, and give the distribution of the next one."""
+        self.longest += 1
+        logits = self.graphs.run(self.forward, tokens, self.positions, _whole_blocks(self.longest))
+        self.positions = self.positions + 1
+        return logits
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows alone, in this order; a row that stays in its place costs nothing."""
+        places = torch.arange(len(rows), device=rows.device)
+        moved = rows != places
+        if moved.any():
+            used = self.cache[..., : self.longest, :]
+            used[:, :, places[moved]] = used[:, :, rows[moved]]
+        self.cache = self.cache[:, :, : len(rows)]
+        self.positions = self.positions[rows]
+        self.longest = int(self.positions.max())
+
+    def forward(
+        self, tokens: Int[Tensor, " batch"], positions: Int[Tensor, " batch"], width: int
+    ) -> Float[Tensor, "batch vocab"]:
+        """One token a row at its position, with ``width`` cached places in sight of the mask."""
+        seen = torch.arange(width, device=tokens.device) <= positions.unsqueeze(1)
+        mask = torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -torch.inf)[:, None, None]
+        rows = torch.arange(len(tokens), device=tokens.device)
+
+        def attend(storage: Tensor, query: Tensor, key_value: Tensor, scaling: float) -> Tensor:
+            storage[:, rows, :, positions] = key_value
+            return _attend(query, storage[0], storage[1], mask, scaling=scaling)
+
+        return self.head(self._run(tokens, positions, attend))
+
+    def _run(
+        self, tokens: Int[Tensor, " token"], positions: Int[Tensor, " token"], attend: Attention
+    ) -> Float[Tensor, "token hidden"]:
+        """All layers, without the head."""
+        base = self.model.model
+        with torch.autocast(tokens.device.type, enabled=False):  # the casts that it would do are made here
+            hidden = base.embed_tokens(tokens)
+            rotation = [table[positions].unsqueeze(1) for table in self.rotation]
+            for layer, storage in zip(self.layers, self.cache, strict=True):
+                states = layer.query_key_value(layer.attention_norm(hidden)).unflatten(-1, (-1, self.head_dim))
+                hidden = hidden + layer.output(attend(storage, *self._rotated(states, rotation), layer.scaling))
+                gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
+                hidden = hidden + layer.down(layer.activation(gate) * up)
+            normed: Tensor = base.norm(hidden)
+        return normed
+
+    def _rotated(self, states: Float[Tensor, "batch head dim"], rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries as [batch, key head, query head of it, dim], keys and values as [batch, 2, key head, dim]."""
+        queries, keys = self.head_counts
+        turned, values = states[:, : queries + keys], states[:, queries + keys :]
+        cos, sin = rotation
+        turned = (turned * cos + turned.roll(self.head_dim // 2, dims=-1) * sin).to(self.dtype)
+        key_value = torch.stack([turned[:, queries:], values], dim=1)
+        return turned[:, :queries].unflatten(1, (keys, -1)), key_value
+
+
+def _layer(layer: Any, dtype: torch.dtype) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        attention_norm=layer.input_layernorm,
+        query_key_value=projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+        output=projection([attention.o_proj], dtype),
+        mlp_norm=layer.post_attention_layernorm,
+        gate_up=projection([mlp.gate_proj, mlp.up_proj], dtype),
+        activation=mlp.act_fn,
+        down=projection([mlp.down_proj], dtype),
+        scaling=attention.scaling,
+    )
+
+
+def _attend_causally(
+    query: Float[Tensor, "key_head group time dim"],
+    keys: Float[Tensor, "key_head time dim"],
+    values: Float[Tensor, "key_head time dim"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "time hidden"]:
+    keys, values = (states.unsqueeze(1).expand_as(query) for states in (keys, values))
+    heads = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+    return heads.permute(2, 0, 1, 3).flatten(1)
+
+
+def _attend(
+    query: Float[Tensor, "batch key_head group dim"],
+    keys: Float[Tensor, "batch key_head capacity dim"],
+    values: Float[Tensor, "batch key_head capacity dim"],
+    mask: Float[Tensor, "batch 1 1 width"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch hidden"]:
+    width = mask.shape[-1]
+    if query.dtype != torch.float32 or query.device.type != "cpu":
+        heads = scaled_dot_product_attention(query, keys[:, :, :width], values[:, :, :width], mask, scale=scaling)
+        return heads.flatten(1)
+    # Matrix libraries split a long sum at places that depend on its length, so sums are of one block each.
+    grouped, keys, values = query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+    blocks = [slice(first, first + BLOCK) for first in range(0, width, BLOCK)]
+    scores = torch.cat([torch.bmm(grouped, keys[:, block].mT) for block in blocks], dim=-1)
+    weights = (scores.view(*query.shape[:3], width) * scaling + mask).softmax(-1).flatten(0, 1)
+    summed = torch.bmm(weights[..., blocks[0]], values[:, blocks[0]])
+    for block in blocks[1:]:
+        summed = torch.baddbmm(summed, weights[..., block], values[:, block])
+    return summed.view(len(query), -1)
+
+
+def _rotation(model: PreTrainedModel, capacity: int) -> tuple[Float[Tensor, "time dim"], Float[Tensor, "time dim"]]:
+    """The model's own cosines and sines; the sines signed for a half turn of the head in place of a negation."""
+    positions = torch.arange(capacity, device=model.device).unsqueeze(0)
+    cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight[:1], positions)
+    first, second = sin[0].chunk(2, dim=-1)
+    return cos[0], torch.cat([-first, second], dim=-1)
+
+
+def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the linear layers of a training forward would compute in here and now."""
+    kind = model.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return dtype
+
+
+def _whole_blocks(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK

@@ -1,0 +1,99 @@
+"""How a model completes prompts: its own decode step where the architecture is known, else transformers' forward."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lightning_modules.decode import FamilyDecoder, decodes
+from lightning_modules.forward import position_ids
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Prompts being completed, ``samples_per_prompt`` neighbouring rows each."""
+
+    def start(self) -> Float[Tensor, "batch vocab"]:
+        """Read each prompt once, and give its samples the distribution of their first token."""
+
+    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Append a token to each row, and give the distribution of the next one."""
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows alone, in this order."""
+
+
+def decoder(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Int[Tensor, " _"]],
+    *,
+    samples_per_prompt: int,
+    max_completion_length: int,
+) -> Decoder:
+    """The fastest decoder that computes what the model computes."""
+    if decodes(model):
+        return FamilyDecoder(
+            model, prompt_ids, samples_per_prompt=samples_per_prompt, max_completion_length=max_completion_length
+        )
+    return TransformersDecoder(model, prompt_ids, samples_per_prompt=samples_per_prompt)
+
+
+class TransformersDecoder:
+    """Any causal language model of transformers, with a cache that grows and prompts that are padded on the left."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompt_ids: Sequence[Int[Tensor, " _"]], *, samples_per_prompt: int
+    ) -> None:
+        self.model = model
+        self.prompt_ids = prompt_ids
+        self.samples_per_prompt = samples_per_prompt
+        self.cache = DynamicCache(config=model.config)
+
+    def start(self) -> Float[Tensor, "batch vocab"]:
+        """Read each prompt once, and give its samples the distribution of their first token."""
+        ids, self.attention_mask = left_padded(self.prompt_ids, pad_token_id=0)
+        ids, self.attention_mask = ids.to(self.model.device), self.attention_mask.to(self.model.device)
+        self.positions = position_ids(self.attention_mask)
+        logits = self._forward(ids)
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.samples_per_prompt)
+        if self.samples_per_prompt > 1:
+            self.keep(rows)
+        return logits[rows]
+
+    def step(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """Append a token to each row, and give the distribution of the next one."""
+        self.attention_mask = torch.nn.functional.pad(self.attention_mask, (0, 1), value=True)
+        self.positions = self.positions[:, -1:] + 1
+        return self._forward(tokens.unsqueeze(1))
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows alone, in this order."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # the one of its methods that every kind of layer has
+        self.attention_mask, self.positions = self.attention_mask[rows], self.positions[rows]
+
+    def _forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=self.attention_mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            logits_to_keep=1,
+            use_cache=True,
+        ).logits
+        return logits[:, -1]
+
+
+def left_padded(
+    prompt_ids: Sequence[Int[Tensor, " _"]], *, pad_token_id: int
+) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
+    """The prompts side by side with their ends aligned, and where they stand."""
+    width = max(map(len, prompt_ids))
+    ids = torch.full((len(prompt_ids), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros(len(prompt_ids), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompt_ids):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return ids, mask

@@ -1,0 +1,114 @@
+"""What a reference says of preference pairs, computed once and kept on disk under the content that it depends on."""
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from datamodules.batches import PreferenceBatch, TokenBatch
+
+FORMAT = 1
+PairTable = dict[str, tuple[float, float]]
+"""The log-probabilities of the chosen and of the rejected completion, by the pair's key."""
+
+
+def pair_keys(batch: PreferenceBatch) -> list[str]:
+    """A digest of each pair's tokens and masks, whatever the padding and the pairs beside it."""
+    tokens = batch.tokens
+    digests = []
+    for ids, attended, completion in zip(*(tensor.cpu() for tensor in tokens), strict=True):
+        row = torch.stack([ids[attended], completion[attended].to(ids.dtype)])
+        digests.append(hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=16).hexdigest())
+    pairs = len(digests) // 2
+    return [chosen + rejected for chosen, rejected in zip(digests[:pairs], digests[pairs:], strict=True)]
+
+
+def model_digest(model: PreTrainedModel, settings: Iterable[str]) -> str:
+    """A digest of the weights, of the configuration that says how they are used, and of settings."""
+    digest = hashlib.blake2b(digest_size=16)
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps([FORMAT, config, *settings], sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def read_table(file: Path) -> PairTable:
+    """What a file holds; nothing where there is none or it is broken."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {str(key): (float(chosen), float(rejected)) for key, (chosen, rejected) in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_table(file: Path, table: Mapping[str, tuple[float, float]]) -> None:
+    """Replace the file in one step, so that no reader sees a part of it; a full or read-only disk costs a warning."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
+            json.dump(table, partial)
+        os.replace(partial.name, file)
+    except OSError as error:
+        rank_zero_warn(f"the reference's log-probabilities are not kept for another run: {error}")
+
+
+def merged_over_processes(table: PairTable) -> PairTable:
+    """The tables of all processes together."""
+    if not torch.distributed.is_initialized():
+        return table
+    tables: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(tables, table)
+    return {key: values for part in tables for key, values in part.items()}
+
+
+def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tensor], file: Path) -> PairTable:
+    """A table of every pair that the run will see, from the file as far as it has them; the file then has all.
+
+    Args:
+        trainer: About to train. Each process asks about the pairs of its own batches, and all get to know all.
+        log_probs: What the reference gives to a batch's completions, all chosen first.
+        file: Where the table is kept.
+    """
+    table = read_table(file)
+    cached = len(table)
+    device = trainer.strategy.root_device
+    for batch in _batches_of_run(trainer):
+        keys = pair_keys(batch)
+        if all(key in table for key in keys):
+            continue
+        here = PreferenceBatch(TokenBatch(*(tensor.to(device) for tensor in batch.tokens)))
+        with trainer.precision_plugin.train_step_context():
+            chosen, rejected = log_probs(here).chunk(2)
+        table.update(zip(keys, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+    table = merged_over_processes(table)
+    rank_zero_info(f"reference log-probabilities: {len(table) - cached} pairs computed, {cached} read from {file}")
+    if len(table) > cached and trainer.is_global_zero:
+        write_table(file, table)
+    return table
+
+
+def _batches_of_run(trainer: Trainer) -> Iterator[PreferenceBatch]:
+    """Every training batch, or where the run ends within its first epoch, those that it will come to."""
+    planned = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    within_first = planned <= trainer.num_training_batches
+    loader: Any = trainer.train_dataloader
+    return itertools.islice(loader, int(planned) if within_first else None)
+
+
+def look_up(table: PairTable, batch: PreferenceBatch) -> Tensor | None:
+    """Log-probabilities of a batch's completions, all chosen first; None where the table lacks a pair."""
+    found = [table.get(key) for key in pair_keys(batch)]
+    pairs = [values for values in found if values is not None]
+    return torch.tensor(pairs).T.flatten() if len(pairs) == len(found) else None

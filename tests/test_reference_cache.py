@@ -1,0 +1,121 @@
+"""The reference is asked once about each pair, whatever run asks, and never about what has changed unnoticed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from datamodules.batches import PreferenceBatch, TokenBatch, pad
+from lightning_modules import DPOModule
+from lightning_modules.loading import load_causal_lm
+from lightning_modules.reference_cache import model_digest, pair_keys, read_table
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Pair = tuple[list[int], list[int], list[int]]
+PAIRS: list[Pair] = [([1, 2, 3], [4, 5], [6]), ([7, 8], [9], [1, 1, 2]), ([3, 3], [5, 4], [4, 5])]
+
+
+def batch_of(pairs: Sequence[Pair]) -> PreferenceBatch:
+    rows = [prompt + completion for side in (1, 2) for prompt, completion in ((pair[0], pair[side]) for pair in pairs)]
+    starts = [len(pair[0]) for pair in pairs] * 2
+    masks = [[i >= start for i in range(len(row))] for row, start in zip(rows, starts, strict=True)]
+    return PreferenceBatch(pad(rows, masks, pad_token_id=0))
+
+
+def fit(directory: Path, root: Path, pairs: Sequence[Pair] = PAIRS, **options: Any) -> tuple[DPOModule, list[int]]:
+    """Two epochs of one pair a batch; the module, and how many pairs each question to the reference was about."""
+    limits = {"max_epochs": 2, "limit_val_batches": 0, **options.pop("limits", {})}
+    module = DPOModule(model_name=str(directory), learning_rate=1e-3, **options)
+    asked: list[int] = []
+    ask = module.reference_log_probs
+
+    def counting(batch: PreferenceBatch) -> torch.Tensor:
+        asked.append(len(batch.pairs()) // 2)
+        return ask(batch)
+
+    module.reference_log_probs = counting  # type: ignore[method-assign]
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=root / "run",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **limits,
+    )
+    trainer.fit(module, DataLoader([batch_of([pair]) for pair in pairs], batch_size=None))
+    return module, asked
+
+
+def weights(module: DPOModule) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.model.parameters()])
+
+
+def test_asking_before_training_gives_the_weights_that_asking_at_each_step_gives(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    before, asked = fit(tiny_model_dir, tmp_path)
+    at_each_step, asked_online = fit(tiny_model_dir, tmp_path, precompute_reference=False)
+    assert (len(asked), len(asked_online)) == (3, 6)
+    torch.testing.assert_close(weights(before), weights(at_each_step), atol=1e-6, rtol=1e-5)
+
+
+def test_the_reference_is_not_in_memory_while_training(tiny_model_dir: Path, tmp_path: Path) -> None:
+    module, _ = fit(tiny_model_dir, tmp_path)
+    assert module.reference._model is None
+    assert not any("reference" in name for name in module.state_dict())
+
+
+def test_another_run_asks_about_new_pairs_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_model_dir, tmp_path, PAIRS[:2])
+    assert fit(tiny_model_dir, tmp_path, PAIRS[:2])[1] == []
+    first, asked = fit(tiny_model_dir, tmp_path)
+    assert asked == [1]
+    second, _ = fit(tiny_model_dir, tmp_path / "elsewhere")
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_a_broken_file_is_written_anew(tiny_model_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_model_dir, tmp_path)
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_text()
+    for broken in (whole[:-20], "[]", '{"a": 1}'):
+        file.write_text(broken)
+        assert len(fit(tiny_model_dir, tmp_path)[1]) == 3
+        assert json.loads(file.read_text()) == json.loads(whole)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert read_table(tmp_path / "nowhere.json") == {}
+
+
+def test_other_weights_or_settings_have_another_file(tiny_model_dir: Path) -> None:
+    from datamodules.chat import load_tokenizer
+
+    model = load_causal_lm(str(tiny_model_dir), load_tokenizer(str(tiny_model_dir)))
+    digests = [model_digest(model, ["32-true"]), model_digest(model, ["bf16-mixed"])]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 2] += 1e-6  # type: ignore[operator, union-attr, index]
+    digests.append(model_digest(model, ["32-true"]))
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 17.0}
+    digests.append(model_digest(model, ["32-true"]))
+    assert len(set(digests)) == 4
+
+
+def test_a_pairs_key_is_its_content_and_not_its_padding_or_neighbours() -> None:
+    alone, together = pair_keys(batch_of(PAIRS[:1])), pair_keys(batch_of(PAIRS))
+    assert alone[0] == together[0]
+    assert len(set(together)) == 3
+    swapped = batch_of([(PAIRS[0][0], PAIRS[0][2], PAIRS[0][1])])
+    assert pair_keys(swapped) != alone
+    ids, attended, completion = batch_of(PAIRS[:1]).tokens
+    shorter = PreferenceBatch(TokenBatch(ids, attended, completion & (torch.arange(ids.shape[1]) != 3)))
+    assert pair_keys(shorter) != alone
+
+
+def test_a_run_that_ends_early_asks_about_no_pair_that_it_will_not_see(tiny_model_dir: Path, tmp_path: Path) -> None:
+    assert len(fit(tiny_model_dir, tmp_path, limits={"max_steps": 2, "max_epochs": -1})[1]) == 2
