@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Most that a chunk's float32 logits may take: large enough to keep the multiplications at their full rate."""
 
 
