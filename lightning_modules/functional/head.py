@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
 """Most that a chunk's float32 logits may take: large enough to keep the multiplications at their full rate."""
 
 
@@ -127,9 +127,8 @@ class _HeadLogProbs(torch.autograd.Function):
             total = powers.sum(1, keepdim=True)
             log_sums[rows] = (peak + total.log())[:, 0]
             log_probs[rows] = (chosen - peak - total.log())[:, 0]
-            if (
-                entropies is not None
-            ):  # the sum of -p log p, where log p is the shifted logit minus the log of the total
+            if entropies is not None:
+                # The sum of -p log p, where log p is the shifted logit minus the log of the total.
                 mean = torch.bmm(powers.unsqueeze(1), shifted.unsqueeze(2))[:, 0] / total
                 entropies[rows] = (total.log() - mean)[:, 0]
             if gradients is not None and weights is not None:
