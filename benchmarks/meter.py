@@ -31,11 +31,13 @@ class Meter:
     Args:
         device: ``cpu`` or ``cuda``.
         warm_up: Steps that are not timed.
+        processes: How many processes like this one take part.
     """
 
-    def __init__(self, device: str, warm_up: int) -> None:
+    def __init__(self, device: str, *, warm_up: int, processes: int) -> None:
         self.device = device
         self.warm_up = warm_up
+        self.processes = processes
         self.base_mib = 0.0
         self.moments: list[Moment] = []
 
@@ -55,7 +57,7 @@ class Meter:
         """Seconds a step, the peak memory increase in MiB, and how many cores others kept busy meanwhile."""
         first, last = self.moments[self.warm_up - 1], self.moments[-1]
         wall = last.wall - first.wall
-        own = last.own_cpu - first.own_cpu
+        own = self.processes * (last.own_cpu - first.own_cpu)
         return {
             "seconds": wall / (len(self.moments) - self.warm_up),
             "peak_mib": self._peak_mib(),

@@ -19,7 +19,7 @@ def main() -> None:
     job = Job.read(Path(sys.argv[1]))
     torch.set_num_threads(job.threads)
     side = importlib.import_module(f"benchmarks.{job.side}_side")
-    meter = Meter(job.device, job.warm_up)
+    meter = Meter(job.device, warm_up=job.warm_up, processes=job.processes)
     meter.start()
     getattr(side, job.workload)(job, meter.tick)
     result = meter.result()

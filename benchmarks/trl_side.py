@@ -34,7 +34,7 @@ class StepClock(TrainerCallback):
 def sft(job: Job, tick: Tick) -> None:
     """Supervised fine-tuning on rows that are tokenised already, shortest first.
 
-    Packed, the step is one batch of as many blocks as the rows fill; else smaller batches are accumulated.
+    The step is one batch, or as many smaller ones as the rows, or the blocks that they are packed into, fill.
     """
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
     encoded = [
@@ -46,10 +46,9 @@ def sft(job: Job, tick: Tick) -> None:
     job.check("tokens of a step", sum(len(row["input_ids"]) for row in rows), job.units)
     dataset = Dataset.from_list(rows)
     options = {"completion_only_loss": True, "train_sampling_strategy": "sequential"}
-    options["per_device_train_batch_size"] = job.variant.get("per_device_train_batch_size", job.rows)
-    options["gradient_accumulation_steps"] = job.rows // options["per_device_train_batch_size"]
-    if job.variant.get("packing"):
-        options["per_device_train_batch_size"] = len(pack_dataset(dataset, job.variant["max_length"], "bfd"))
+    packed = pack_dataset(dataset, job.variant["max_length"], "bfd") if job.variant.get("packing") else dataset
+    options["per_device_train_batch_size"] = job.variant.get("per_device_train_batch_size", len(packed))
+    options["gradient_accumulation_steps"] = len(packed) // options["per_device_train_batch_size"]
     trainer = trl.SFTTrainer(
         model=_model(job),
         args=trl.SFTConfig(**_options(job, **options)),

@@ -25,6 +25,7 @@ SUITE: dict[str, Variants] = {
 TRL: dict[str, Variants] = {
     "sft": {
         "TRL, packing": {"packing": True, "max_length": 1_024},
+        "TRL, packing, a block at a time": {"packing": True, "max_length": 1_024, "per_device_train_batch_size": 1},
         "TRL, batches of 4 of like length": {"per_device_train_batch_size": 4},
         "TRL, one padded batch": {},
         "TRL, packing and checkpointing": {"packing": True, "max_length": 1_024, "gradient_checkpointing": True},

@@ -12,6 +12,7 @@ from benchmarks.shapes import PROMPT_OVERHEAD, WORDS, Segment, Shape
 Message = dict[str, str]
 Row = dict[str, list[Message]]
 
+WORKLOADS = ("sft", "dpo", "rloo", "generation")
 SUPERVISED_SHARE = 0.6
 SPREAD = 0.7
 """Standard deviation of the logarithm of a length, about that of chat datasets."""
@@ -55,6 +56,7 @@ class Size:
         length: Tokens of each sample.
         rows: Completions that generation alone writes at once.
         row_length: Tokens of each of those.
+        processes: DDP processes that share the step.
     """
 
     tokens: int = 2_048
@@ -64,6 +66,7 @@ class Size:
     length: int = 64
     rows: int = 16
     row_length: int = 128
+    processes: int = 1
 
 
 def make(name: str, shape: Shape, size: Size, *, bytes_per_number: int = 4) -> Workload:
