@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers.utils.logging import disable_progress_bar
+
 from benchmarks.job import Job
 from benchmarks.shapes import SHAPES, save_model
 from benchmarks.table import Result, comparison, growth, speed
@@ -199,6 +201,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[str, Size]]:
 def main() -> int:
     """Measure; after each process write everything measured so far; a case that fails is reported and left out."""
     options = parsed_options()
+    disable_progress_bar()
     results: list[Result] = []
     failed = False
     options.output.parent.mkdir(parents=True, exist_ok=True)
