@@ -55,7 +55,7 @@ def contestants(workload: str, options: argparse.Namespace) -> list[Contestant]:
     """The defaults of the sides, and on demand their variants."""
     found = []
     for side, variants in (("suite", SUITE[workload]), ("trl", TRL[workload])):
-        if side in options.sides:
+        if options.only in (None, side):
             names = list(variants) if options.variants else list(variants)[:1]
             first = names[0]
             found += [Contestant(name, side, variants[name], side == "trl" and name == first) for name in names]
@@ -169,7 +169,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps that are")
     parser.add_argument("--busy", type=float, default=0.3, help="measure again where others used more cores")
     parser.add_argument("--repeats", type=int, default=2, help="how often at most")
-    parser.add_argument("--sides", nargs="+", choices=("suite", "trl"), help="both by default, the suite in a sweep")
+    parser.add_argument("--only", choices=("suite", "trl"), help="one side; in a sweep the suite by default")
     parser.add_argument("--variants", action="store_true", help="every option alone too")
     parser.add_argument("--sweep", choices=SWEEPS, help="how cost grows, instead of the workloads")
     for field in fields(Size):
@@ -181,10 +181,9 @@ def parsed_options() -> argparse.Namespace:
     if options.warm_up < 1:
         parser.error(f"--warm-up must be at least 1, got {options.warm_up}")
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "32")
-    options.sides = options.sides or (["suite"] if options.sweep else ["suite", "trl"])
-    several = options.processes > 1 or options.sweep == "processes"
-    if several and "trl" in options.sides:
-        parser.error("TRL's side runs in one process; add --sides suite")
+    options.only = options.only or ("suite" if options.sweep else None)
+    if options.only != "suite" and (options.processes > 1 or options.sweep == "processes"):
+        parser.error("TRL's side runs in one process; add --only suite")
     return options
 
 

@@ -22,20 +22,30 @@ SUITE: dict[str, Variants] = {
     },
 }
 
+BLOCKS = {"packing": True, "max_length": 1_024}
+BY_FOUR = {"gradient_accumulation_steps": 4}
+
 TRL: dict[str, Variants] = {
     "sft": {
-        "TRL, packing": {"packing": True, "max_length": 1_024},
-        "TRL, packing, a block at a time": {"packing": True, "max_length": 1_024, "per_device_train_batch_size": 1},
+        "TRL, packing, a block at a time": {**BLOCKS, "per_device_train_batch_size": 1},
+        "TRL, packing, shorter blocks": {"packing": True, "max_length": 512, "per_device_train_batch_size": 1},
+        "TRL, packing": BLOCKS,
+        "TRL, packing and checkpointing": {**BLOCKS, "gradient_checkpointing": True},
         "TRL, batches of 4 of like length": {"per_device_train_batch_size": 4},
         "TRL, one padded batch": {},
-        "TRL, packing and checkpointing": {"packing": True, "max_length": 1_024, "gradient_checkpointing": True},
     },
     "dpo": {
         "TRL, precomputed reference": {"precompute_ref_log_probs": True},
+        "TRL, precomputed reference, a pair at a time": {
+            "precompute_ref_log_probs": True,
+            "per_device_train_batch_size": 1,
+            **BY_FOUR,
+        },
         "TRL, reference in each step": {},
     },
     "rloo": {
         "TRL": {},
+        "TRL, a prompt at a time": {"per_device_train_batch_size": 4, **BY_FOUR},
         "TRL, static cache": {"cache_implementation": "static"},
     },
     "generation": {
