@@ -37,5 +37,5 @@ fmt: $(READY) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## Measure against other implementations (benchmarks/README.md)
-	$(BIN)/python benchmarks/sampling.py
+bench: $(READY) ## Measure speed and memory against TRL (benchmarks/README.md)
+	$(BIN)/python -m benchmarks.run

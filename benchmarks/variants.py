@@ -1,0 +1,55 @@
+"""Who takes part: the options of each side beside its common ones. The first of a side is its default and its best."""
+
+from typing import Any
+
+Variants = dict[str, dict[str, Any]]
+
+SUITE: dict[str, Variants] = {
+    "sft": {
+        "suite": {},
+        "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
+    },
+    "dpo": {
+        "suite": {},
+        "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
+    },
+    "rloo": {
+        "suite": {},
+        "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
+    },
+    "generation": {
+        "suite": {},
+    },
+}
+
+BLOCKS = {"packing": True, "max_length": 1_024}
+BY_FOUR = {"gradient_accumulation_steps": 4}
+
+TRL: dict[str, Variants] = {
+    "sft": {
+        "TRL, packing, a block at a time": {**BLOCKS, "per_device_train_batch_size": 1},
+        "TRL, packing, shorter blocks": {"packing": True, "max_length": 512, "per_device_train_batch_size": 1},
+        "TRL, packing": BLOCKS,
+        "TRL, packing and checkpointing": {**BLOCKS, "gradient_checkpointing": True},
+        "TRL, batches of 4 of like length": {"per_device_train_batch_size": 4},
+        "TRL, one padded batch": {},
+    },
+    "dpo": {
+        "TRL, precomputed reference": {"precompute_ref_log_probs": True},
+        "TRL, precomputed reference, a pair at a time": {
+            "precompute_ref_log_probs": True,
+            "per_device_train_batch_size": 1,
+            **BY_FOUR,
+        },
+        "TRL, reference in each step": {},
+    },
+    "rloo": {
+        "TRL": {},
+        "TRL, a prompt at a time": {"per_device_train_batch_size": 4, **BY_FOUR},
+        "TRL, static cache": {"cache_implementation": "static"},
+    },
+    "generation": {
+        "generate": {},
+        "generate, static cache": {"cache_implementation": "static"},
+    },
+}
