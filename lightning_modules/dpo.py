@@ -22,8 +22,9 @@ from lightning_modules.functional.preference import (
     robust_loss,
     sigmoid_loss,
 )
+from lightning_modules.identity import weights_digest
 from lightning_modules.loading import FrozenReference, load_causal_lm, without_dropout
-from lightning_modules.reference_cache import PairTable, ask_about_run, look_up, model_digest
+from lightning_modules.reference_cache import PairTable, ask_about_run, look_up
 from lightning_modules.reward import accuracy
 
 Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]
@@ -96,8 +97,9 @@ class DPOModule(FineTuningModule):
     @override
     def on_train_start(self) -> None:
         if self.precompute_reference:
-            digest = model_digest(self.reference.like(self.model), [str(self.trainer.precision)])
-            file = Path(self.trainer.default_root_dir).parent / "cache" / f"reference-{digest}.json"
+            digest = weights_digest(self.reference.like(self.model))[:32]
+            name = f"reference-{digest}-{self.trainer.precision}.json"
+            file = Path(self.trainer.default_root_dir).parent / "cache" / name
             self._reference_table = ask_about_run(self.trainer, self.reference_log_probs, file)
             self.reference.free()
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from datamodules.batches import PreferenceBatch, TokenBatch
 
-FORMAT = 1
 PairTable = dict[str, tuple[float, float]]
 """The log-probabilities of the chosen and of the rejected completion, by the pair's key."""
 
@@ -31,17 +29,6 @@ def pair_keys(batch: PreferenceBatch) -> list[str]:
         digests.append(hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=16).hexdigest())
     pairs = len(digests) // 2
     return [chosen + rejected for chosen, rejected in zip(digests[:pairs], digests[pairs:], strict=True)]
-
-
-def model_digest(model: PreTrainedModel, settings: Iterable[str]) -> str:
-    """A digest of the weights, of the configuration that says how they are used, and of settings."""
-    digest = hashlib.blake2b(digest_size=16)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps([FORMAT, config, *settings], sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def read_table(file: Path) -> PairTable:
