@@ -1,7 +1,7 @@
 """From scored pairs to the numbers of an evaluation."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from lightning_modules.functional.statistics import (
 )
 
 OUTCOMES = {1.0: "win", 0.5: "tie", 0.0: "loss"}
-POINTS = {outcome: points for points, outcome in OUTCOMES.items()}
+SMALLEST_BIN = 10
+"""Prompts below which a share of them says nothing."""
 
 
 class Side(NamedTuple):
@@ -41,7 +42,7 @@ class Pair(NamedTuple):
     outcome: str
     prompt_tokens: int = 0
     source: str | None = None
-    """Where the prompt's dataset has it from."""
+    """The part of the dataset that the prompt is from, where the dataset tells."""
 
     @classmethod
     def of(
@@ -77,85 +78,95 @@ class Pair(NamedTuple):
 
 
 def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The metrics of the pairs; failed ones are counted and in no average."""
+    """The metrics of the pairs; failed ones are counted and in no average.
+
+    ``win_rate_ci`` is Wilson's on (wins + ties / 2) of the scored pairs, which ties make conservative.
+    """
     scored = [pair for pair in pairs if pair.outcome != "failed"]
     count = {name: sum(pair.outcome == name for pair in pairs) for name in ("win", "tie", "loss", "failed")}
     rewards = torch.tensor([pair.reward for pair in scored], dtype=torch.float64)
     reference_rewards = torch.tensor([pair.reference_reward for pair in scored], dtype=torch.float64)
     lengths = torch.tensor([pair.completion_tokens for pair in scored], dtype=torch.float64)
     reference_lengths = torch.tensor([pair.reference_tokens for pair in scored], dtype=torch.float64)
-    points = count["win"] + count["tie"] / 2
+    improvements, longer = rewards - reference_rewards, lengths - reference_lengths
     return {
-        "win_rate": points / len(scored) if scored else math.nan,
-        "win_rate_ci": list(wilson_interval(points, len(scored))),
+        **win_rate(scored),
         "average_reward": rewards.mean().item(),
         "average_reference_reward": reference_rewards.mean().item(),
-        "reward_improvement": (rewards - reference_rewards).mean().item(),
-        "reward_improvement_ci": list(mean_interval(rewards - reference_rewards)),
+        "reward_improvement": improvements.mean().item(),
+        "reward_improvement_ci": list(mean_interval(improvements)),
         "length_ratio": (lengths.mean() / reference_lengths.mean()).item(),
-        "length_controlled_win_rate": length_controlled_win_rate(
-            outcomes(rewards, reference_rewards), lengths - reference_lengths
-        ),
-        "reward_length_correlation": rank_correlation(rewards - reference_rewards, lengths - reference_lengths),
-        "sign_test_p": sign_test(count["win"], count["loss"]),
-        "prompts_needed": prompts_needed(points / len(scored)) if scored else math.nan,
+        "length_controlled_win_rate": length_controlled_win_rate(outcomes(rewards, reference_rewards), longer),
         "wins": count["win"],
         "ties": count["tie"],
         "losses": count["loss"],
         "failed": count["failed"],
         "prompts": len(pairs),
-        "win_rate_by_prompt_length": win_rates(dict(by_prompt_length(scored))),
-        "win_rate_by_source": win_rates(by_source(scored)),
+        "sign_test_p": sign_test(count["win"], count["loss"]) if scored else math.nan,
+        "reward_length_correlation": rank_correlation(improvements, longer),
+        "prompts_needed": prompts_needed(win_rate(scored)["win_rate"], tie_share=count["tie"] / max(1, len(scored))),
+        "win_rate_by_prompt_length": by_prompt_length(pairs),
+        "win_rate_by_source": by_source(pairs),
     }
 
 
-def win_rates(groups: Mapping[str, Sequence[Pair]]) -> list[dict[str, Any]]:
-    """The win rate within each group of scored pairs, with its interval."""
-    rates = []
-    for label, pairs in groups.items():
-        points = sum(POINTS[pair.outcome] for pair in pairs)
-        rates.append(
-            {
-                "label": label,
-                "prompts": len(pairs),
-                "win_rate": points / len(pairs),
-                "win_rate_ci": list(wilson_interval(points, len(pairs))),
-            }
-        )
-    return rates
+def win_rate(scored: Sequence[Pair]) -> dict[str, Any]:
+    """``win_rate`` and ``win_rate_ci`` of pairs that have an outcome."""
+    points = sum((0.5 if pair.outcome == "tie" else float(pair.outcome == "win") for pair in scored), 0.0)
+    rate = points / len(scored) if scored else math.nan
+    return {"win_rate": rate, "win_rate_ci": list(wilson_interval(points, len(scored)))}
 
 
-def by_prompt_length(pairs: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
-    """The pairs in up to four groups of like size, from short prompts to long; equal lengths stay together."""
-    ordered = sorted(pairs, key=lambda pair: pair.prompt_tokens)
-    start = 0
-    for quarter in range(1, 5):
-        end = max(start, round(quarter * len(ordered) / 4))
-        while 0 < end < len(ordered) and ordered[end].prompt_tokens == ordered[end - 1].prompt_tokens:
-            end += 1
-        if end > start:
-            group = ordered[start:end]
-            shortest, longest = group[0].prompt_tokens, group[-1].prompt_tokens
-            yield f"{shortest}-{longest} tokens" if longest > shortest else f"{shortest} tokens", group
-            start = end
+def by_prompt_length(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The win rate in each quartile of the prompt's length, or in fewer parts where there are few or equal ones.
+
+    The bounds come from all pairs, failed ones too, so runs on the same prompts have the same parts.
+    """
+    lengths = sorted(pair.prompt_tokens for pair in pairs)
+    parts = min(4, len(lengths) // SMALLEST_BIN)
+    if parts < 1 or lengths[-1] == 0:
+        return []
+    tops = sorted({lengths[len(lengths) * part // parts - 1] for part in range(1, parts + 1)})
+    groups: dict[str, list[Pair]] = {}
+    for low, top in zip([-1, *tops[:-1]], tops, strict=True):
+        inside = [pair for pair in pairs if low < pair.prompt_tokens <= top]
+        shortest = min(pair.prompt_tokens for pair in inside)
+        groups[f"{shortest}-{top} tokens" if shortest < top else f"{top} tokens"] = inside
+    return _shares(groups)
 
 
-def by_source(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """The pairs by where their prompts come from, the most frequent first; nothing where no row says so."""
-    if not any(pair.source for pair in pairs):
-        return {}
+def by_source(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The win rate for each source of prompts, the most frequent first; nothing where no source is known."""
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.source or "unknown", []).append(pair)
-    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+    known = any(pair.source for pair in pairs)
+    return _shares(dict(sorted(groups.items(), key=lambda group: -len(group[1])))) if known else []
+
+
+def _shares(groups: dict[str, list[Pair]]) -> list[dict[str, Any]]:
+    scored = {label: [pair for pair in pairs if pair.outcome != "failed"] for label, pairs in groups.items()}
+    return [{"label": label, "prompts": len(pairs), **win_rate(pairs)} for label, pairs in scored.items()]
 
 
 def cannot_tell(metrics: Mapping[str, Any]) -> str:
-    """Where the interval holds one half, that it does and how many prompts it would take; else nothing."""
-    low, high = metrics["win_rate_ci"]
-    rate, needed = metrics["win_rate"], metrics.get("prompts_needed")
-    if low is None or not low <= 0.5 <= high:
+    """What to say where the interval of the win rate contains 50 %; nothing where the prompts tell.
+
+    Args:
+        metrics: As ``evaluation_metrics`` gives them, or as read from ``metrics.json`` with null for NaN.
+    """
+    rate, (low, high) = metrics["win_rate"], metrics["win_rate_ci"]
+    if rate is None or math.isnan(rate) or not low <= 0.5 <= high:
         return ""
-    scored = metrics["prompts"] - metrics["failed"]
-    told = f"{scored} prompts cannot tell a win rate of {100 * rate:.1f} % from 50 %"
-    return told if needed is None or math.isnan(needed) else f"{told}; that takes about {needed:,.0f}"
+    count = metrics["wins"] + metrics["ties"] + metrics["losses"]
+    prompts = "1 prompt" if count == 1 else f"{count:,} prompts"
+    needed = metrics.get("prompts_needed")
+    if needed is None or math.isnan(needed):
+        return f"{prompts} show no difference from 50 %"
+    takes = f"{two_digits(int(needed)):,}"
+    return f"{prompts} cannot tell a win rate of {100 * rate:.1f} % from 50 %; that takes about {takes}"
+
+
+def two_digits(count: int) -> int:
+    """A count rounded to two digits, as an estimate is told."""
+    return round(count, min(0, 2 - len(str(count))))

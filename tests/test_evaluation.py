@@ -66,16 +66,6 @@ def test_the_further_statistics_by_hand() -> None:
     assert cannot_tell(evaluation_metrics([pair(0.0, 0.0)] * 3)).endswith("from 50 %")
 
 
-def test_win_rates_by_prompt_length_are_of_groups_of_like_size_that_split_no_length() -> None:
-    lengths = [5, 9, 9, 9, 9, 20, 21, 30]
-    pairs = [pair(float(n > 9), 0.5)._replace(prompt_tokens=n) for n in reversed(lengths)]
-    groups = evaluation_metrics(pairs)["win_rate_by_prompt_length"]
-    told = [(group["label"], group["prompts"], group["win_rate"]) for group in groups]
-    assert told == [("5-9 tokens", 5, 0.0), ("20 tokens", 1, 1.0), ("21-30 tokens", 2, 1.0)]
-    alike = evaluation_metrics([pair(1.0, 0.0)._replace(prompt_tokens=7)] * 5)["win_rate_by_prompt_length"]
-    assert [(group["label"], group["prompts"]) for group in alike] == [("7 tokens", 5)]
-
-
 def test_win_rates_by_source_leave_failed_pairs_out_and_name_what_has_no_source() -> None:
     pairs = [
         pair(1.0, 0.0)._replace(source="maths"),

@@ -1,13 +1,14 @@
-"""Intervals against published tables, and the win rate at equal length against worlds where it is known."""
+"""Statistics against published tables, by hand, and in simulated worlds where the truth is known."""
 
 import math
-from statistics import NormalDist
+from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_modules.functional.statistics import (
-    Interval,
     length_controlled_win_rate,
     mean_interval,
     outcomes,
@@ -67,85 +68,117 @@ def test_win_rate_at_equal_length_is_finite_where_outcomes_are_separable() -> No
     assert rate == pytest.approx(0.5, abs=1e-6)
 
 
-# Tests, correlations, and how many prompts it takes
+def test_win_rate_at_equal_length_of_the_sides_exchanged_is_its_complement() -> None:
+    generator = torch.Generator().manual_seed(5)
+    differences = 10 + 30 * torch.randn(200, generator=generator, dtype=torch.float64)
+    outcome = (torch.randn(200, generator=generator, dtype=torch.float64) + differences / 30 > 0).double()
+    exchanged = length_controlled_win_rate(1 - outcome, -differences)
+    assert exchanged == pytest.approx(1 - length_controlled_win_rate(outcome, differences), abs=1e-9)
+
+
+DRAWS = 2000
+
+
+@pytest.mark.parametrize("count", [25, 100])
+def test_wilson_intervals_hold_the_true_rate_in_95_of_100_worlds(count: int) -> None:
+    generator = torch.Generator().manual_seed(11)
+    rates = 0.2 + 0.6 * torch.rand(DRAWS, generator=generator, dtype=torch.float64)
+    successes = (torch.rand(DRAWS, count, generator=generator, dtype=torch.float64) < rates[:, None]).sum(1)
+    intervals = [wilson_interval(float(points), count) for points in successes.tolist()]
+    held = [low <= rate <= high for (low, high), rate in zip(intervals, rates.tolist(), strict=True)]
+    assert 0.93 < sum(held) / DRAWS < 0.97
+
+
+def test_wilson_intervals_hold_the_true_rate_more_often_where_there_are_ties() -> None:
+    generator = torch.Generator().manual_seed(12)
+    points = worlds_of_outcomes(0.6, tie_share=0.5, count=100, generator=generator)
+    held = [low <= 0.6 <= high for low, high in (wilson_interval(point, 100) for point in points)]
+    assert sum(held) / DRAWS > 0.98
+
+
+def squared(normal: Tensor) -> Tensor:
+    """Chi-square with one degree of freedom: skewness 2.8, mean 1."""
+    return normal**2
+
+
+def mirrored(normal: Tensor) -> Tensor:
+    """The same with the long tail below: mean -1."""
+    return -(normal**2)
 
 
 @pytest.mark.parametrize(
-    ("wins", "losses", "p"),
-    [(0, 0, 1.0), (5, 0, 2 / 32), (1, 4, 2 * (1 + 5) / 32), (4, 1, 2 * (1 + 5) / 32), (3, 3, 1.0), (2, 1, 1.0)],
+    ("shape", "mean", "count"),
+    [(torch.clone, 0.0, 20), (torch.clone, 0.0, 100), (squared, 1.0, 50), (mirrored, -1.0, 50), (squared, 1.0, 300)],
 )
-def test_the_sign_test_by_hand(wins: int, losses: int, p: float) -> None:
-    """Of five fair coins, 1 of 32 outcomes has no tails and 5 have one; two-sided, twice as many."""
-    assert sign_test(wins, losses) == pytest.approx(p)
+def test_intervals_of_the_paired_difference_hold_it_in_95_of_100_worlds(
+    shape: Callable[[Tensor], Tensor], mean: float, count: int
+) -> None:
+    """Student's t alone holds the mean of 50 squared normals in 92 of 100 worlds."""
+    generator = torch.Generator().manual_seed(13)
+    differences = shape(torch.randn(DRAWS, count, generator=generator, dtype=torch.float64))
+    held = [low <= mean <= high for low, high in map(mean_interval, differences)]
+    assert 0.93 < sum(held) / DRAWS < 0.97
 
 
-def test_the_sign_test_is_exact_beyond_the_range_of_floats() -> None:
-    assert sign_test(3000, 2800) == pytest.approx(2 * (1 - NormalDist().cdf(199 / 5800**0.5)), rel=0.01)
+def test_the_long_tail_widens_its_own_side_of_the_interval() -> None:
+    values = torch.tensor([0.0] * 19 + [10.0])
+    low, high = mean_interval(values)
+    assert high - 0.5 > 1.5 * (0.5 - low)
+    assert mean_interval(-values) == pytest.approx((-high, -low))
 
 
-def test_rank_correlation_by_hand() -> None:
-    """Ranks 1 2 3 4 and 2 1 4 3: 1 - 6 x 4 / (4 x 15) = 0.6; order alone counts, and shared ranks are means."""
-    x = torch.tensor([0.1, 5.0, 5.5, 99.0], dtype=torch.float64)
-    y = torch.tensor([2.0, -1.0, 9.0, 3.0], dtype=torch.float64)
-    assert rank_correlation(x, y) == pytest.approx(0.6)
-    assert rank_correlation(x.exp(), -y) == pytest.approx(-0.6)
-    tied = torch.tensor([1.0, 1.0, 2.0, 3.0], dtype=torch.float64)  # ranks 1.5 1.5 3 4
-    assert rank_correlation(x, tied) == pytest.approx(4.5 / (5.0 * 4.5) ** 0.5)
-    assert math.isnan(rank_correlation(x, torch.ones(4, dtype=torch.float64)))
-    assert math.isnan(rank_correlation(x[:0], y[:0]))
+def test_the_sign_test_by_hand() -> None:
+    """Of 5 coins, 1 head or fewer, or 4 or more: 2 x (1 + 5) / 32. And even counts are no evidence at all."""
+    assert sign_test(1, 4) == sign_test(4, 1) == pytest.approx(12 / 32)
+    assert sign_test(0, 3) == pytest.approx(2 / 8)
+    assert sign_test(2, 2) == sign_test(0, 0) == 1.0
 
 
-@pytest.mark.parametrize("win_rate", [0.55, 0.6, 0.35])
-def test_with_as_many_prompts_as_needed_four_in_five_evaluations_can_tell(win_rate: float) -> None:
-    needed = int(prompts_needed(win_rate))
-    wins = binomial(needed, win_rate)
-    told = [not interval.low <= 0.5 <= interval.high for interval in intervals(needed)]
-    assert sum(told[win] for win in wins) / DRAWS == pytest.approx(0.8, abs=0.03)
+def test_the_sign_test_is_the_share_of_coin_tosses_at_least_as_uneven() -> None:
+    for wins in range(9):
+        uneven = [abs(2 * sum(coins) - 8) >= abs(2 * wins - 8) for coins in product((0, 1), repeat=8)]
+        assert sign_test(wins, 8 - wins) == pytest.approx(sum(uneven) / 2**8)
 
 
-def test_prompts_needed_by_hand() -> None:
-    """((1.96 x 0.5 + 0.8416 x 0.4975) / 0.05)^2 = 782.6; nothing tells a half from a half."""
-    assert prompts_needed(0.55) == prompts_needed(0.45) == 783
-    assert math.isnan(prompts_needed(0.5))
+def test_the_sign_test_of_ten_thousand_is_a_number() -> None:
+    """Normal approximation with continuity correction: z = (5150 - 0.5 - 5000) / 50."""
+    assert sign_test(5150, 4850) == pytest.approx(math.erfc(2.99 / math.sqrt(2)), rel=0.01)
 
 
-# What the intervals promise
+def test_rank_correlation_by_hand_with_shared_ranks() -> None:
+    """Ranks 1 2 3 4 and 2 3.5 3.5 1: sum of products of deviations -1.5 over sqrt(5 x 4.5)."""
+    correlation = rank_correlation(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 20.0, 20.0, 5.0]))
+    assert correlation == pytest.approx(-1.5 / math.sqrt(22.5))
 
 
-DRAWS = 2_000
+def test_rank_correlation_sees_order_alone_and_is_unknown_of_what_never_varies() -> None:
+    values = torch.tensor([-1.0, 0.0, 3.0, 2.0])
+    assert rank_correlation(values, values.exp()) == pytest.approx(1.0)
+    assert rank_correlation(values, -values) == pytest.approx(-1.0)
+    assert math.isnan(rank_correlation(values, torch.ones(4)))
+    assert math.isnan(rank_correlation(values[:0], values[:0]))
 
 
-def binomial(count: int, probability: float) -> list[int]:
-    """The wins of many evaluations of ``count`` prompts."""
-    generator = torch.Generator().manual_seed(count)
-    draws = torch.rand(DRAWS, count, generator=generator, dtype=torch.float64) < probability
-    return [int(wins) for wins in draws.sum(1)]
+def test_telling_53_percent_from_50_takes_about_2200_prompts() -> None:
+    """((1.96 x 0.5 + 0.8416 x 0.4991) / 0.03)^2 = 2178."""
+    assert prompts_needed(0.53) == prompts_needed(0.47) == pytest.approx(2178, abs=2)
+    assert prompts_needed(0.5) is None
+    assert prompts_needed(math.nan) is None
 
 
-def intervals(count: int) -> list[Interval]:
-    return [wilson_interval(float(wins), count) for wins in range(count + 1)]
+@pytest.mark.parametrize(("rate", "tie_share"), [(0.6, 0.0), (0.55, 0.3), (0.35, 0.1)])
+def test_so_many_prompts_tell_in_80_of_100_worlds(rate: float, tie_share: float) -> None:
+    count = prompts_needed(rate, tie_share=tie_share)
+    assert count is not None
+    points = worlds_of_outcomes(rate, tie_share=tie_share, count=count, generator=torch.Generator().manual_seed(14))
+    told = [not low <= 0.5 <= high for low, high in (wilson_interval(point, count) for point in points)]
+    assert 0.77 < sum(told) / DRAWS < 0.83
 
 
-@pytest.mark.parametrize(("count", "win_rate"), [(50, 0.5), (100, 0.5), (100, 0.65), (100, 0.8), (300, 0.9)])
-def test_the_win_rates_interval_covers_what_it_says(count: int, win_rate: float) -> None:
-    covers = [interval.low <= win_rate <= interval.high for interval in intervals(count)]
-    assert 0.93 <= sum(covers[wins] for wins in binomial(count, win_rate)) / DRAWS <= 0.97
-
-
-def test_with_ties_the_win_rates_interval_covers_more() -> None:
-    """Four prompts in ten tie and the rest split evenly."""
-    generator = torch.Generator().manual_seed(0)
-    chances = torch.tensor([3.0, 4.0, 3.0]).expand(DRAWS, 3)
-    points = torch.multinomial(chances, 100, replacement=True, generator=generator).double() / 2
-    covered = [low <= 0.5 <= high for low, high in (wilson_interval(p, 100) for p in points.sum(1).tolist())]
-    assert sum(covered) / DRAWS >= 0.95
-
-
-@pytest.mark.parametrize(("count", "skewed"), [(12, False), (100, False), (100, True)])
-def test_the_reward_improvements_interval_covers_what_it_says(count: int, skewed: bool) -> None:
-    """Of normal differences, and of ones with a long tail (a shifted exponential), whose true mean is 1."""
-    generator = torch.Generator().manual_seed(count)
-    values = torch.empty(DRAWS, count, dtype=torch.float64)
-    values = values.exponential_(1.0, generator=generator) if skewed else 1 + values.normal_(generator=generator)
-    covered = [low <= 1.0 <= high for low, high in map(mean_interval, values)]
-    assert 0.93 <= sum(covered) / DRAWS <= 0.97
+def worlds_of_outcomes(rate: float, *, tie_share: float, count: int, generator: torch.Generator) -> list[float]:
+    """Wins plus half the ties of each of so many evaluations in which the true win rate is the given one."""
+    uniform = torch.rand(DRAWS, count, generator=generator, dtype=torch.float64)
+    wins = (uniform < rate - tie_share / 2).sum(1)
+    ties = (uniform > 1 - tie_share).sum(1)
+    points: list[float] = (wins + ties / 2).tolist()
+    return points

@@ -1,4 +1,4 @@
-"""Statistics of a paired evaluation: win rate, 95 % intervals, tests, lengths, and how many prompts it takes."""
+"""Statistics of a paired evaluation: win rate, intervals, sign test, and what length has to do with it."""
 
 import math
 from statistics import NormalDist
@@ -23,9 +23,10 @@ def outcomes(rewards: Float[Tensor, " pair"], reference_rewards: Float[Tensor, "
 
 
 def wilson_interval(successes: float, count: int, *, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion; ties may enter ``successes`` as halves.
+    """Wilson's score interval of a proportion.
 
-    A tie varies less than a win or a loss does, so with ties the interval is wider than it need be, never narrower.
+    Ties may enter ``successes`` as halves. That is conservative: an outcome that may be a tie varies less than a coin
+    does, so the interval is wider than it need be.
 
     References:
         Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
@@ -56,64 +57,87 @@ def student_t_quantile(probability: float, degrees: int) -> float:
 
 
 def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent values, here paired reward differences."""
+    """Student's t interval of the mean of independent values, corrected for their skewness.
+
+    The studentised mean T is made symmetric by Hall's monotone transformation T + a T^2 + a^2 T^3 / 3 + a / 2 with
+    a = skewness / (3 sqrt(count)), before t quantiles bound it; without skewness it is the plain t interval. Here the
+    values are paired reward differences, of which a few broken completions can be far out on one side.
+
+    References:
+        Hall 1992, On the removal of skewness by transformation, J. R. Statist. Soc. B 54(1)
+    """
     count = len(values)
     if count < 2:
         return Interval(float("nan"), float("nan"))
-    mean = values.mean().item()
-    half = student_t_quantile(0.5 + confidence / 2, count - 1) * values.std().item() / count**0.5
-    return Interval(mean - half, mean + half)
+    mean, error = values.mean().item(), values.std().item() / count**0.5
+    deviations = values - values.mean()
+    spread = deviations.square().mean().item() ** 0.5
+    skewness = deviations.pow(3).mean().item() / spread**3 if spread > 0 else 0.0
+    a = skewness / (3 * count**0.5)
+    quantile = student_t_quantile(0.5 + confidence / 2, count - 1)
+    return Interval(mean - _studentised(quantile, a) * error, mean - _studentised(-quantile, a) * error)
+
+
+def _studentised(transformed: float, a: float) -> float:
+    """The inverse of Hall's transformation."""
+    if abs(a) < 1e-9:
+        return transformed
+    cube = 1 + 3 * a * (transformed - a / 2)
+    return float((math.copysign(abs(cube) ** (1 / 3), cube) - 1) / a)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of as uneven a split where a win is as likely as a loss, exact; ties do not enter.
+    """Two-sided p of so uneven wins and losses, were each as likely: the exact binomial; ties carry no sign.
 
     References:
         Dixon and Mood 1946, https://doi.org/10.1080/01621459.1946.10501898
     """
-    count, fewer = wins + losses, min(wins, losses)
-    tail = sum(math.comb(count, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / (1 << count))
+    count = wins + losses
+    ways = below = 1
+    for i in range(min(wins, losses)):
+        ways = ways * (count - i) // (i + 1)
+        below += ways
+    return min(1.0, float(2 * below / 2**count))
 
 
-def rank_correlation(first: Float[Tensor, " pair"], second: Float[Tensor, " pair"]) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank; NaN where one side does not vary.
-
-    References:
-        Spearman 1904, https://doi.org/10.2307/1412159
-    """
-    deviations = [ranks - ranks.mean() for ranks in map(_mean_ranks, (first, second))] if len(first) else []
-    if not deviations or any((deviation == 0).all() for deviation in deviations):
-        return math.nan
-    x, y = deviations
-    return float((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt())
-
-
-def _mean_ranks(values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last: Tensor = counts.cumsum(0).double()
-    ranks: Tensor = last - (counts.double() - 1) / 2
-    return ranks[inverse]
-
-
-def prompts_needed(win_rate: float, *, confidence: float = 0.95, power: float = 0.8) -> float:
-    """How many prompts it takes to tell a true win rate from one half; NaN where it is one half.
-
-    The normal approximation without ties, which only lower the number.
+def prompts_needed(
+    win_rate: float, *, tie_share: float = 0.0, power: float = 0.8, confidence: float = 0.95
+) -> int | None:
+    """How many prompts it takes until Wilson's interval lies on one side of 50 %, with the chance ``power``.
 
     Args:
-        win_rate: The true win rate.
-        confidence: Of the two-sided interval that is to leave out one half.
-        power: Probability that it does.
+        win_rate: The true rate, ties counted half; None comes back for 50 % itself and where it is NaN.
+        tie_share: Share of ties, which lower the variance of an outcome below that of a coin.
+        power: Chance that so many prompts tell.
+        confidence: Of the interval.
 
     References:
         Fleiss, Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 2.5
     """
-    if win_rate == 0.5 or math.isnan(win_rate):
-        return math.nan
-    at_half = NormalDist().inv_cdf(0.5 + confidence / 2) * 0.5
-    at_rate = NormalDist().inv_cdf(power) * (win_rate * (1 - win_rate)) ** 0.5
-    return float(math.ceil(((at_half + at_rate) / (win_rate - 0.5)) ** 2))
+    difference = abs(win_rate - 0.5)
+    if math.isnan(difference) or difference < 1e-9:
+        return None
+    deviation = math.sqrt(max(0.0, win_rate * (1 - win_rate) - tie_share / 4))
+    bound = NormalDist().inv_cdf(0.5 + confidence / 2) * 0.5  # the interval reaches 50 % at a coin's deviation
+    return math.ceil(((bound + NormalDist().inv_cdf(power) * deviation) / difference) ** 2)
+
+
+def rank_correlation(first: Float[Tensor, " pair"], second: Float[Tensor, " pair"]) -> float:
+    """Spearman's correlation, equal values sharing their mean rank; NaN where one of the two never varies.
+
+    References:
+        Spearman 1904, https://doi.org/10.2307/1412159
+    """
+    ranks = torch.stack([_mean_ranks(first), _mean_ranks(second)])
+    deviations = ranks - ranks.mean(dim=1, keepdim=True)
+    scale = deviations.square().sum(dim=1).prod().sqrt()
+    return (deviations.prod(dim=0).sum() / scale).item() if scale > 0 else float("nan")
+
+
+def _mean_ranks(values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    _, group, sizes = values.unique(return_inverse=True, return_counts=True)
+    ranks: Tensor = sizes.cumsum(0).double() - (sizes.double() - 1) / 2
+    return ranks.index_select(0, group)
 
 
 def length_controlled_win_rate(
