@@ -42,7 +42,7 @@ def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, t
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
     assert (run / "final" / "model.safetensors").is_file()
     if method == "DPOModule":
-        (cache,) = (tmp_path / "cache").iterdir()
+        (cache,) = (tmp_path / "cache").glob("reference-*.json")
         assert len(json.loads(cache.read_text())) == 7  # each process has asked about its own pairs
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("val/loss" in line or "val/score" in line for line in logged) == 1
