@@ -9,39 +9,34 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import torch
 import transformers
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from callbacks import HuggingFaceExport, NemotronEvaluation
+from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoint_io import WholeCheckpointIO, newest_usable, plain_values, unusable
 from callbacks.evaluation_files import write_whole
 from callbacks.line_progress import LineProgress
 from callbacks.metrics_file import MetricsFile
+from callbacks.preemption import Preemption
+from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.tracking import WandbTracking, run_name
+from commands.parsing import Parser, check_arguments, refuse_secrets, restrict
 from datamodules.base import ChatDataModule
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 from lightning_modules.evaluation import EvaluationModule
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two, without the usage of five hundred options."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line for line in message.strip().splitlines() if line.strip()]
-        sys.stderr.write("error: " + "\n".join(lines[:8]) + "\n")
-        raise SystemExit(2)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -66,12 +61,12 @@ class SuiteCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+        skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
         return {"fit": skipped, "validate": skipped}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BoundaryCheckpoint, "checkpoint")
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(NemotronEvaluation, "evaluation")
         parser.add_class_arguments(WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False)
@@ -81,6 +76,7 @@ class SuiteCLI(LightningCLI):
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "best-{epoch}",
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
             }
         )
 
@@ -98,16 +94,27 @@ class SuiteCLI(LightningCLI):
         validate.set_defaults({"model": {"class_path": "lightning_modules.EvaluationModule"}})
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint never changes the options, nor names a class to build."""
+
+    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.ckpt_path not in (None, "last", "best") and not checkpoints(config.ckpt_path):
-            raise ConfigurationError(f"--ckpt_path {config.ckpt_path} does not exist; name a checkpoint, or last")
+        refuse_secrets(config.as_dict())
         if self.subcommand == "fit" and config.data is None:
             raise ConfigurationError("fit needs data: name a config (configs/sft.yaml), or a data module with --data")
         root = config.trainer.default_root_dir or "outputs/run"
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
+        self.ckpt_path = resolve_checkpoint(config.ckpt_path, Path(root), Path(config.checkpoint.dirpath))
+        self.options = run_options(config.as_dict())
+        if self.subcommand == "fit" and self.ckpt_path is not None:
+            check_same_run(plain_values(Path(self.ckpt_path), KEY), self.options, self.ckpt_path)
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path, "weights_only": True}
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -119,8 +126,14 @@ class SuiteCLI(LightningCLI):
             wandb = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
             file_name = "metrics.jsonl" if self.subcommand == "fit" else "validation.jsonl"
             kwargs["logger"] = [MetricsFile(root, file_name), wandb]
+        own: list[Callback] = [Preemption(), RunOptions(self.options)]
         if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"] = [LineProgress()]
+            own.append(LineProgress())
+        self.trainer_defaults["callbacks"] = own
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # an unknown strategy, precision or device
@@ -166,6 +179,32 @@ def checkpoints(ckpt_path: str | None) -> list[str]:
     return [str(file) for file in inside] or ([str(path)] if path.exists() else sorted(glob.glob(ckpt_path)))
 
 
+def resolve_checkpoint(ckpt_path: str | None, root: Path, directory: Path) -> str | None:
+    """The checkpoint that ``--ckpt_path`` means, tried before any model is loaded.
+
+    Args:
+        ckpt_path: A path, or ``last``: the newest whole checkpoint of the run, None where it has none yet.
+        root: The run's folder, where SLURM's requeue leaves its own.
+        directory: The folder of the run's checkpoints.
+
+    Raises:
+        ConfigurationError: If there is no such checkpoint, or it cannot be used.
+    """
+    if ckpt_path == "last":
+        found = newest_usable([*directory.glob("*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")])
+        return str(found) if found else None
+    if ckpt_path == "best":
+        known = ", ".join(str(file) for file in sorted(directory.glob("*.ckpt"))) or "none so far"
+        raise ConfigurationError(f"--ckpt_path best: name the checkpoint itself (this run has {known})")
+    files = checkpoints(ckpt_path)
+    if ckpt_path is not None and not files:
+        raise ConfigurationError(f"--ckpt_path {ckpt_path} does not exist; name a checkpoint, or last")
+    for file in files:
+        if reason := unusable(Path(file), ("state_dict",)):
+            raise ConfigurationError(f"the checkpoint {file} cannot be used: {reason}; name another with --ckpt_path")
+    return ckpt_path
+
+
 def environment(trainer: Trainer) -> dict[str, Any]:
     """What a run ran on, as far as it may change its figures."""
     device = trainer.strategy.root_device
@@ -194,6 +233,8 @@ def quieten() -> None:
 def run() -> None:
     """Run ``fit`` or ``validate``, as the command line says."""
     quieten()
+    restrict()
+    check_arguments(sys.argv[1:])
     SuiteCLI(
         FineTuningModule,
         ChatDataModule,
