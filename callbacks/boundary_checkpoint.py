@@ -39,6 +39,7 @@ class BoundaryCheckpoint(ModelCheckpoint):
             self.on_validation_end(trainer, pl_module)
 
     @staticmethod
+    @override
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """Point ``last.ckpt`` at a checkpoint without a moment at which it points nowhere."""
         if trainer.is_global_zero and Path(filepath).resolve() != Path(linkpath).resolve():

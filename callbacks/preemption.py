@@ -6,7 +6,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
@@ -74,6 +75,7 @@ class Preemption(Callback):
         if at_step_boundary(trainer) and not validation_follows(trainer):
             signum = asked(trainer)
             if signum:
+                log_step(trainer)
                 self._save(trainer, signum)
                 raise leave(trainer)
 
@@ -98,7 +100,7 @@ class Preemption(Callback):
                 counts.update(ready=1, started=1, processed=0, completed=0)
 
     def _save(self, trainer: Trainer, signum: int) -> None:
-        if trainer.fast_dev_run:
+        if getattr(trainer, "fast_dev_run", False):
             return
         if signum == requeue_signal(trainer):
             trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
@@ -116,6 +118,12 @@ def asked(trainer: Trainer) -> int:
         return received
     flag = torch.tensor(received, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(flag, reduce_op="max"))
+
+
+def log_step(trainer: Trainer) -> None:
+    """Log the step that has just ended, which Lightning would do after the callbacks' turn."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def leave(trainer: Trainer) -> Preempted:

@@ -1,4 +1,4 @@
-"""Which import paths a config may name: the suite's, building blocks of Lightning and torch, and the user's own code."""
+"""Which import paths a config may name: ours, building blocks of Lightning and torch, and the user's own code."""
 
 import sys
 from importlib.machinery import PathFinder
