@@ -15,7 +15,7 @@ from typing_extensions import override
 from datamodules.errors import ConfigurationError
 
 PARTIAL = ".partial"
-RESUMABLE = ("state_dict", "loops", "optimizer_states")
+RESUMABLE = ("state_dict", "loops", "optimizer_states", "pytorch-lightning_version")
 """What training goes on from; a file of weights alone lacks some of them."""
 
 

@@ -7,9 +7,10 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -17,6 +18,7 @@ import transformers
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
@@ -30,13 +32,22 @@ from callbacks.metrics_file import MetricsFile
 from callbacks.preemption import Preemption
 from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.tracking import WandbTracking, run_name
-from commands.parsing import Parser, check_arguments, refuse_secrets, restrict
+from commands.explaining import did_you_mean
+from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from datamodules.base import ChatDataModule
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 from lightning_modules.evaluation import EvaluationModule
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's, with short errors."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        stop(self, message)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -120,6 +131,12 @@ class SuiteCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config[self.subcommand]
         root = config.trainer.default_root_dir
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot make {root} ({error.strerror}); change trainer.default_root_dir"
+            ) from error
         if config.trainer.logger is None or config.trainer.logger is True:
             dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
             name = run_name(self.model.method, self.model.model_name, dataset_name)
@@ -137,10 +154,17 @@ class SuiteCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # an unknown strategy, precision or device
-            raise ConfigurationError(f"{error}; change the trainer's options") from error
+            near = did_you_mean(str(config.trainer.strategy), StrategyRegistry.available_strategies())
+            near = near if "strategy" in str(error) else ""
+            raise ConfigurationError(f"{error}; change the trainer's options{near}") from error
 
     def before_fit(self) -> None:
         self.model.check_options(self.datamodule)
+
+    def fit(self, model: FineTuningModule, **options: Any) -> None:
+        """Train, from a checkpoint where one is named."""
+        with fitting_checkpoint(model, self.ckpt_path):
+            self.trainer.fit(model, **options)
 
     def validate(self, model: FineTuningModule, ckpt_path: str | None = None, **options: Any) -> None:
         """Evaluate the model, or it under each of several checkpoints; without data on the prompts alone."""
@@ -152,14 +176,21 @@ class SuiteCLI(LightningCLI):
         for path in paths or [ckpt_path]:
             if path is not None:
                 rank_zero_info(f"under {path}:")
-            try:
+            with fitting_checkpoint(model, path):
                 self.trainer.validate(model, ckpt_path=path, **options)
-            except RuntimeError as error:
-                if "loading state_dict" not in str(error):
-                    raise
-                raise ConfigurationError(
-                    f"the checkpoint {path} is not one of {model.model_name}; change --ckpt_path or --model.model_name"
-                ) from error
+
+
+@contextmanager
+def fitting_checkpoint(model: FineTuningModule, path: str | None) -> Iterator[None]:
+    """Tell weights of another model from our own mistakes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if path is None or "loading state_dict" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"the checkpoint {path} is not one of {model.model_name}; change --ckpt_path or --model.model_name"
+        ) from error
 
 
 class NoRows(IterableDataset[Any]):

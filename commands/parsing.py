@@ -1,43 +1,26 @@
-"""The parser of ``fit`` and ``validate``: what a config may name, keys refused, and errors of a few lines."""
+"""What the parsers of the commands share: what a config may name, keys refused, and errors of a few lines."""
 
-import difflib
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import LightningArgumentParser
-from typing_extensions import override
+from jsonargparse import ArgumentParser, set_parsing_settings
 
+from commands.explaining import did_you_mean, explain
 from datamodules.errors import ConfigurationError
 from datamodules.imports import allowed_packages
 from datamodules.secrets import redact, secret_in
 
-MAX_LINES = 5
-QUOTED = re.compile(r"['\"]([\w.+-]+)['\"]|--([\w.+-]+)")
 
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a few lines, without the usage of five hundred options."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line.strip() for line in redact(message).strip().splitlines() if line.strip()]
-        shown = [line if len(line) <= 400 else f"{line[:400]} ..." for line in lines[:MAX_LINES]]
-        hint = suggestion(message, self.option_names())
-        sys.stderr.write("\n".join(["error: " + "\n".join(shown), *hint]) + "\n")
-        raise SystemExit(2)
-
-    def option_names(self) -> set[str]:
-        """Every option, with its groups, and the last part of its name."""
-        names = {action.dest for action in self._actions}
-        for parser in (
-            (getattr(self, "_subcommands_action", None) and self._subcommands_action._name_parser_map) or {}
-        ).values():
-            names |= {action.dest for action in parser._actions}
-        return names
+def stop(parser: ArgumentParser, message: str) -> NoReturn:
+    """Say what is wrong in a few lines, without the usage of five hundred options, and end with exit code 2."""
+    parsers: list[Any] = [parser]
+    if parser._subcommands_action is not None:
+        parsers += parser._subcommands_action._name_parser_map.values()
+    options = {action.dest for known in parsers for action in known._actions}
+    sys.stderr.write(f"error: {redact(explain(message, options))}\n")
+    raise SystemExit(2)
 
 
 def restrict() -> None:
@@ -75,7 +58,7 @@ def check_arguments(arguments: list[str]) -> None:
 def named_values(arguments: list[str]) -> list[tuple[str, str]]:
     """Option and value for each argument that has one: ``--a.b value``, ``--a.b=value`` and ``-c value``."""
     pairs = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith("-"):
             name, equals, value = argument.lstrip("-").partition("=")
             pairs.append((name, value if equals or following.startswith("--") else following))
@@ -125,14 +108,3 @@ def refuse_secrets(options: Any, where: str = "") -> None:
             f"{where}{found}; keys come from the environment alone (NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN), "
             "as options are written into config.yaml, checkpoints and W&B"
         )
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """`` ; did you mean X?`` where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def suggestion(message: str, known: set[str]) -> list[str]:
-    """A line that names the nearest option for the first unknown name of an error message, if one is near."""
-    return []

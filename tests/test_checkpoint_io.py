@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import Trainer
 
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
-from callbacks.checkpoint_io import WholeCheckpointIO, newest_usable, unusable, write_checkpoint
+from callbacks.checkpoint_io import RESUMABLE, WholeCheckpointIO, newest_usable, unusable, write_checkpoint
 from datamodules.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT: dict[str, Any] = {"state_dict": {"w": torch.arange(100_000.0)}, "loops": {}, "optimizer_states": []}
+CHECKPOINT: dict[str, Any] = {name: {} for name in RESUMABLE} | {"state_dict": {"w": torch.arange(100_000.0)}}
 
 KILLS = """
 import os, random, signal, sys, time

@@ -144,7 +144,7 @@ def test_a_signal_in_a_step_ends_at_that_step_s_boundary(step: int, tmp_path: Pa
     """Before a validation that is due, after the accumulation; resumed, no batch and no validation is lost or twice."""
     whole, first, second = Recorder(), Recorder(("train", step - 1, (2 * step - 2) % 8)), Recorder()
     fit(whole, tmp_path / "whole")
-    assert [event for event in whole.events if event[0] == "validate"][0] == ("validate", 2, 0)
+    assert next(event for event in whole.events if event[0] == "validate") == ("validate", 2, 0)
     with pytest.raises(Preempted) as exit_:
         fit(first, tmp_path / "run")
     assert exit_.value.code == 143
