@@ -37,15 +37,19 @@ def explain(message: str, options: Iterable[str]) -> str:
             return unknown(found["name"], [*options, *parameters_in(message)])
     if "arguments are required" in message:
         return f"{message.strip()}; name a config (--config configs/sft.yaml)"
+    denied = re.search(r"[Ii]mport(?:ing| path) '([\w.]+)' is not allowed", message)
+    if denied:
+        return (
+            f"{denied[1]} is nothing that a config may name: only what this suite has, building blocks of Lightning "
+            "and torch, and modules or packages (with __init__.py) of the current directory"
+        )
     keys = re.findall(r"Parser key \"([^\"]+)\"", message)
     values = re.findall(r"(?:Given value|Got value): (.+)", message)
     kinds = list(dict.fromkeys(wanted(message)))
     if keys and values and kinds:
         classes = list(class_names(message))
         near = did_you_mean(values[-1].rpartition(".")[2], [*literals(message), *classes])
-        why = re.search(r"(Importing .+ not allowed|Import path .+ not allowed|has no attribute '\w+')", message)
-        reason = f" ({why[1]})" if why else ""
-        return f"{keys[-1]} must be {' or '.join(kinds)}, got {values[-1]}{reason}{near}"
+        return f"{keys[-1]} must be {' or '.join(kinds)}, got {values[-1]}{near}"
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     return "\n".join(line[:MAX_WIDTH] for line in lines[:MAX_LINES])
 
@@ -63,7 +67,7 @@ def unknown(argument: str, options: Iterable[str]) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question that names the nearest known name, empty where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -97,6 +97,9 @@ def read_config(path: str) -> dict[str, Any]:
         raise ConfigurationError(f"--config {path} is no YAML of plain values: {told[:300]}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} holds no options but {type(content).__name__}")
+    for section, options in content.items():
+        if isinstance(options, list):
+            raise ConfigurationError(f"--config {path}: {section} must hold options, got a list")
     return content
 
 
