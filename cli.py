@@ -2,6 +2,8 @@
 
 import os
 import sys
+import traceback
+from difflib import get_close_matches
 from importlib import import_module
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse 5 will drop
@@ -57,7 +59,9 @@ def main(arguments: list[str]) -> int:
             return 0
         rest = ["--help" if argument == "--help-all" else argument for argument in rest]
     if command not in MODULES:
-        print(f"error: no command {command!r}; the commands are {', '.join(MODULES)}", file=sys.stderr)
+        near = get_close_matches(command, MODULES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(MODULES)}"
+        print(f"error: no command {command!r}; {hint}", file=sys.stderr)
         return 2
     if command in ("fit", "validate"):
         rest = [command, *rest]
@@ -65,10 +69,13 @@ def main(arguments: list[str]) -> int:
     try:
         import_module(MODULES[command]).run()
     except Exception as error:
+        from datamodules.secrets import redact
+
         told = mendable(error)
         if debug or told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
+            sys.stderr.write(redact(traceback.format_exc()))
+            return 1 if told is None else 2
+        print(f"error: {redact(str(told))}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from typing_extensions import override
 
 from callbacks.tracking import short_name
+from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 
 CARD = """---
@@ -48,9 +49,14 @@ class HuggingFaceExport(Callback):
 
     Args:
         directory: Where to, within the run's folder.
+
+    Raises:
+        ConfigurationError: If it is no plain name, as what is there is replaced.
     """
 
     def __init__(self, directory: str = "final") -> None:
+        if Path(directory).name != directory:
+            raise ConfigurationError(f"export.directory must be a name within the run's folder, got {directory!r}")
         self.directory = directory
 
     @override

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,18 +16,25 @@ from typing import Any, NoReturn
 import datasets
 import torch
 import transformers
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from callbacks import HuggingFaceExport, NemotronEvaluation
+from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoint_io import WholeCheckpointIO, newest_usable, plain_values, unusable
 from callbacks.evaluation_files import write_whole
 from callbacks.line_progress import LineProgress
 from callbacks.metrics_file import MetricsFile
+from callbacks.preemption import Preemption
+from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.tracking import WandbTracking, run_name
+from commands.explaining import did_you_mean
+from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from datamodules.base import ChatDataModule
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
@@ -36,13 +44,11 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "w
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in a line or two, without the usage of five hundred options."""
+    """Lightning's, with short errors."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line for line in message.strip().splitlines() if line.strip()]
-        sys.stderr.write("error: " + "\n".join(lines[:8]) + "\n")
-        raise SystemExit(2)
+        stop(self, message)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -68,12 +74,12 @@ class SuiteCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+        skipped = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
         return {"fit": skipped, "validate": skipped}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BoundaryCheckpoint, "checkpoint")
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(NemotronEvaluation, "evaluation")
         parser.add_class_arguments(WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False)
@@ -83,6 +89,7 @@ class SuiteCLI(LightningCLI):
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "best-{epoch}",
                 "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
             }
         )
 
@@ -100,37 +107,68 @@ class SuiteCLI(LightningCLI):
         validate.set_defaults({"model": {"class_path": "lightning_modules.EvaluationModule"}})
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint never changes the options, nor names a class to build."""
+
+    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        named = config.ckpt_path not in (None, "last", "best")
-        if named and not (checkpoints if self.subcommand == "validate" else glob.glob)(config.ckpt_path):
-            raise ConfigurationError(f"--ckpt_path {config.ckpt_path} does not exist; name a checkpoint, or last")
+        refuse_secrets(config.as_dict())
         if self.subcommand == "fit" and config.data is None:
             raise ConfigurationError("fit needs data: name a config (configs/sft.yaml), or a data module with --data")
         root = config.trainer.default_root_dir or "outputs/run"
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
+        self.ckpt_path = resolve_checkpoint(config.ckpt_path, Path(root), Path(config.checkpoint.dirpath))
+        self.options = run_options(config.as_dict())
+        if self.subcommand == "fit" and self.ckpt_path is not None:
+            if checkpoints(self.ckpt_path) != [self.ckpt_path]:
+                raise ConfigurationError(f"fit goes on from one checkpoint; {self.ckpt_path} names several: pick one")
+            check_same_run(plain_values(Path(self.ckpt_path), KEY), self.options, self.ckpt_path)
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": self.ckpt_path, "weights_only": True}
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config[self.subcommand]
         root = config.trainer.default_root_dir
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot make {root} ({error.strerror}); change trainer.default_root_dir"
+            ) from error
         if config.trainer.logger is None or config.trainer.logger is True:
             dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
             name = run_name(self.model.method, self.model.model_name, dataset_name)
             wandb = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
             file_name = "metrics.jsonl" if self.subcommand == "fit" else "validation.jsonl"
             kwargs["logger"] = [MetricsFile(root, file_name), wandb]
+        own: list[Callback] = [Preemption(), RunOptions(self.options)]
         if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"] = [LineProgress()]
+            own.append(LineProgress())
+        self.trainer_defaults["callbacks"] = own
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # an unknown strategy, precision or device
-            raise ConfigurationError(f"{error}; change the trainer's options") from error
+            near = did_you_mean(str(config.trainer.strategy), StrategyRegistry.available_strategies())
+            near = near if "strategy" in str(error) else ""
+            raise ConfigurationError(f"{error}; change the trainer's options{near}") from error
 
     def before_fit(self) -> None:
         self.model.check_options(self.datamodule)
+
+    def fit(self, model: FineTuningModule, **options: Any) -> None:
+        """Train, from a checkpoint where one is named."""
+        with fitting_checkpoint(model, self.ckpt_path):
+            self.trainer.fit(model, **options)
 
     def validate(self, model: FineTuningModule, ckpt_path: str | None = None, **options: Any) -> None:
         """Evaluate the model, or it under each of several checkpoints; without data on the prompts alone."""
@@ -148,14 +186,21 @@ class SuiteCLI(LightningCLI):
         for path in paths or [ckpt_path]:
             if path is not None:
                 rank_zero_info(f"under {path}:")
-            try:
+            with fitting_checkpoint(model, path):
                 self.trainer.validate(model, ckpt_path=path, **options)
-            except RuntimeError as error:
-                if "loading state_dict" not in str(error):
-                    raise
-                raise ConfigurationError(
-                    f"the checkpoint {path} is not one of {model.model_name}; change --ckpt_path or --model.model_name"
-                ) from error
+
+
+@contextmanager
+def fitting_checkpoint(model: FineTuningModule, path: str | None) -> Iterator[None]:
+    """Tell weights of another model from our own mistakes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if path is None or "loading state_dict" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"the checkpoint {path} is not one of {model.model_name}; change --ckpt_path or --model.model_name"
+        ) from error
 
 
 class NoRows(IterableDataset[Any]):
@@ -173,6 +218,32 @@ def checkpoints(ckpt_path: str | None) -> list[str]:
     path = Path(ckpt_path)
     inside = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
     return [str(file) for file in inside] or ([str(path)] if path.exists() else sorted(glob.glob(ckpt_path)))
+
+
+def resolve_checkpoint(ckpt_path: str | None, root: Path, directory: Path) -> str | None:
+    """The checkpoint that ``--ckpt_path`` means, tried before any model is loaded.
+
+    Args:
+        ckpt_path: A path, or ``last``: the newest whole checkpoint of the run, None where it has none yet.
+        root: The run's folder, where SLURM's requeue leaves its own.
+        directory: The folder of the run's checkpoints.
+
+    Raises:
+        ConfigurationError: If there is no such checkpoint, or it cannot be used.
+    """
+    if ckpt_path == "last":
+        found = newest_usable([*directory.glob("*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")])
+        return str(found) if found else None
+    if ckpt_path == "best":
+        known = ", ".join(str(file) for file in sorted(directory.glob("*.ckpt"))) or "none so far"
+        raise ConfigurationError(f"--ckpt_path best: name the checkpoint itself (this run has {known})")
+    files = checkpoints(ckpt_path)
+    if ckpt_path is not None and not files:
+        raise ConfigurationError(f"--ckpt_path {ckpt_path} does not exist; name a checkpoint, or last")
+    for file in files:
+        if reason := unusable(Path(file), ("state_dict",)):
+            raise ConfigurationError(f"the checkpoint {file} cannot be used: {reason}; name another with --ckpt_path")
+    return ckpt_path
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
@@ -203,6 +274,8 @@ def quieten() -> None:
 def run() -> None:
     """Run ``fit`` or ``validate``, as the command line says."""
     quieten()
+    restrict()
+    check_arguments(sys.argv[1:])
     SuiteCLI(
         FineTuningModule,
         ChatDataModule,

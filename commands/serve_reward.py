@@ -1,14 +1,29 @@
 """``serve-reward``: a reward behind HTTP, under the protocol of NVIDIA's Nemotron API."""
 
-from jsonargparse import auto_cli
+import sys
+from typing import NoReturn
 
+from jsonargparse import ArgumentParser, auto_cli
+from typing_extensions import override
+
+from commands.parsing import check_arguments, restrict, stop
 from datamodules.errors import ConfigurationError
 from lightning_modules.rewards import ModelReward, Reward
 
 
+class Parser(ArgumentParser):
+    """jsonargparse's, with short errors."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        stop(self, message)
+
+
 def run() -> None:
     """Parse the command line and serve."""
-    auto_cli(serve_reward)
+    restrict()
+    check_arguments(sys.argv[1:])
+    auto_cli(serve_reward, parser_class=Parser)
 
 
 def serve_reward(

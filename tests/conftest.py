@@ -1,6 +1,8 @@
 """Fixtures: the real data where it is at hand, and small models made on the spot."""
 
 import json
+import logging
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +15,14 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from cli import main
 from lightning_modules.rewards import rate_limit
+from tests.command_line import Cli, Result
 from tests.evaluation_run import write_rows
 from tests.reward_server import RewardServer
 
 torch.set_num_threads(1)  # faster for models this small, and kind to tests beside these
+ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -148,3 +153,24 @@ def own_wandb_run() -> Iterator[None]:
     yield
     if wandb.run is not None:
         wandb.finish()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command in this process, offline and without keys."""
+    for name in ("NVIDIA_API_KEY", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler holds an earlier test's stream
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["cli.py"])
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run

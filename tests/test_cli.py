@@ -1,18 +1,16 @@
 """The command line as its user meets it: errors in one line before expensive work, help, and every YAML."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
-from cli import main
+from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
 from tests.reward_server import Asked, Reply, RewardServer, text_reply
 
@@ -20,38 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-
-
-class Result(NamedTuple):
-    """What a command left."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process, offline and without keys."""
-    for name in ("NVIDIA_API_KEY", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler holds an earlier test's stream
-
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["cli.py"])
-        capsys.readouterr()
-        try:
-            code = main(list(arguments))
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule", "RLOOModule"])
@@ -107,20 +73,12 @@ def test_a_wrong_option_is_told_in_a_line_or_two(
     assert_refused(cli("fit", "--config", config(method, **changes)), message)
 
 
-def assert_refused(result: Result, message: str) -> None:
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    errors = result.stderr[result.stderr.index("error: ") :].strip().splitlines()
-    assert len(errors) <= 8
-    assert "Traceback" not in result.stderr
-
-
 def test_help_names_the_commands_and_unknown_ones_are_refused(cli: Cli) -> None:
     for command in ("fit", "validate", "compare", "serve-reward"):
         assert command in cli("--help").stdout
-    refused = cli("trian")
+    refused = cli("train")
     assert refused.returncode == 2
-    assert "no command 'trian'; the commands are fit, validate, compare, serve-reward" in refused.stderr
+    assert "no command 'train'; the commands are fit, validate, compare, serve-reward" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
+from datamodules.imports import is_allowed
 from lightning_modules.rewards.reward_model import ModelReward
 
 
@@ -76,7 +77,8 @@ def resolve_reward(reward: Reward | str, *, option: str = "model.reward") -> Rew
     if function is None:
         raise ConfigurationError(
             f"no reward at the import path {reward!r}: name in {option} a function (prompts, completions) -> "
-            "list[float], or a class that is called like that and annotated as lightning_modules.rewards.Reward"
+            "list[float], or a class that is called like that and annotated as lightning_modules.rewards.Reward, "
+            "in a module of the current directory or of this suite"
         )
     return function
 
@@ -84,6 +86,8 @@ def resolve_reward(reward: Reward | str, *, option: str = "model.reward") -> Rew
 def _imported(path: str) -> Reward | None:
     """The function at an import path, if it takes prompts and completions; jsonargparse itself demands annotations."""
     module, _, name = path.rpartition(".")
+    if not is_allowed(path):  # to import is to run
+        return None
     try:
         function = getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError):

@@ -1,0 +1,147 @@
+"""SIGTERM and SIGUSR1: save at a step boundary, end with exit code 143, resume with ``--ckpt_path last``."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from callbacks.boundary_checkpoint import at_step_boundary
+
+EXIT_CODE = 143
+"""128 + SIGTERM, which schedulers take for a job that was asked to end."""
+
+
+class Preempted(SystemExit):
+    """Ends the process as one that SIGTERM ended."""
+
+
+class Signals(_SignalConnector):
+    """In place of Lightning's handlers, which exit 0 on one process and wait for each other on several."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.received = 0
+
+    @override
+    def register_signal_handlers(self) -> None:
+        handled = {signal.SIGTERM, signal.SIGUSR1, requeue_signal(self.trainer) or signal.SIGTERM}
+        self._original_handlers = {signum: signal.getsignal(signum) for signum in handled}
+        for signum in handled:
+            self._register_signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        """In a fit of several processes, and in every training step, only note it; else end there and then."""
+        first = not self.received
+        self.received = signum
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if first and (not fits or (self.trainer.world_size == 1 and not self.trainer.training)):
+            raise Preempted(EXIT_CODE)
+
+
+class Preemption(Callback):
+    """Saves ``last.ckpt`` and ends the run once any process has been asked to end.
+
+    The processes agree after every optimiser step, so none waits for another that has left. On one process a
+    validation is left at once and made up for on resuming; on several it is finished, and one more step taken. Under
+    SLURM's auto-requeue Lightning saves its own checkpoint and requeues the job, at the same boundary.
+    """
+
+    def __init__(self) -> None:
+        self._in_validation = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(trainer._signal_connector, Signals):
+            trainer._signal_connector = Signals(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if asked(trainer):
+            raise leave(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if at_step_boundary(trainer) and not validation_follows(trainer):
+            signum = asked(trainer)
+            if signum:
+                log_step(trainer)
+                self._save(trainer, signum)
+                raise leave(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and asked(trainer):
+            raise leave(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where a validation within a fit was left."""
+        in_fit = trainer.state.fn == TrainerFn.FITTING and trainer.validating
+        if isinstance(exception, Preempted) and in_fit and at_step_boundary(trainer):
+            self._in_validation = True
+            self._save(trainer, trainer._signal_connector.received)  # type: ignore[attr-defined]
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._in_validation:  # so that resuming begins with the validation, from its first batch
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                counts.update(ready=1, started=1, processed=0, completed=0)
+
+    def _save(self, trainer: Trainer, signum: int) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        if signum == requeue_signal(trainer):
+            trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+            return
+        directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+        path = Path(directory or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"asked to end: saved {path} at step {trainer.global_step}; go on with --ckpt_path last")
+
+
+def asked(trainer: Trainer) -> int:
+    """The signal that any of the processes received, 0 for none; every process must ask at the same point."""
+    received: int = trainer._signal_connector.received  # type: ignore[attr-defined]
+    if trainer.world_size == 1:
+        return received
+    flag = torch.tensor(received, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(flag, reduce_op="max"))
+
+
+def log_step(trainer: Trainer) -> None:
+    """Log the step that has just ended, which Lightning would do after the callbacks' turn."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def leave(trainer: Trainer) -> Preempted:
+    """The exit; a process that Lightning launched leaves the code to its parent, which it would kill otherwise."""
+    environment = trainer._accelerator_connector.cluster_environment
+    launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+    return Preempted(0 if launched else EXIT_CODE)
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation is due after the batch that has just ended."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    """The signal with which SLURM asks for a requeue; None elsewhere."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal or signal.SIGUSR1
+    return None

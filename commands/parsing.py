@@ -1,0 +1,113 @@
+"""What the parsers of the commands share: what a config may name, keys refused, and errors of a few lines."""
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from commands.explaining import did_you_mean, explain
+from datamodules.errors import ConfigurationError
+from datamodules.imports import allowed_packages
+from datamodules.secrets import redact, secret_in
+
+
+def stop(parser: ArgumentParser, message: str) -> NoReturn:
+    """Say what is wrong in a few lines, without the usage of five hundred options, and end with exit code 2."""
+    parsers: list[Any] = [parser]
+    if parser._subcommands_action is not None:
+        parsers += parser._subcommands_action._name_parser_map.values()
+    options = {action.dest for known in parsers for action in known._actions}
+    sys.stderr.write(f"error: {redact(explain(message, options))}\n")
+    raise SystemExit(2)
+
+
+def restrict() -> None:
+    """Let a config name our own, the listed and the user's own code, and nothing that is fetched from a network."""
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=allowed_packages(),
+        instantiate_subclass_spec_in_any=False,
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,
+    )
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse what must not reach the parser: keys, configs from a network, files that are no configs, two methods.
+
+    Raises:
+        ConfigurationError: Naming the option or the file, never a key's text.
+    """
+    methods: dict[str, str] = {}
+    for name, value in named_values(arguments):
+        refuse_secrets({name: loaded_yaml(value)})
+        is_config = name in ("config", "c")
+        if is_config or (value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file()):
+            content = read_config(value)
+            refuse_secrets(content, f"{value}: ")
+            model = content.get("model")
+            if is_config and isinstance(model, dict) and "class_path" in model:
+                methods[value] = str(model["class_path"]).rpartition(".")[2]
+    if len(set(methods.values())) > 1:
+        told = ", ".join(f"{file} is of {method}" for file, method in methods.items())
+        raise ConfigurationError(f"the configs contradict each other: {told}; name the config of one method")
+
+
+def named_values(arguments: list[str]) -> list[tuple[str, str]]:
+    """Option and value for each argument that has one: ``--a.b value``, ``--a.b=value`` and ``-c value``."""
+    pairs = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            pairs.append((name, value if equals or following.startswith("--") else following))
+        elif not pairs or pairs[-1][1] != argument:
+            pairs.append(("", argument))
+    return pairs
+
+
+def loaded_yaml(text: str) -> Any:
+    """The text as YAML, as the parser will read it, or as it is."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A config's content.
+
+    Raises:
+        ConfigurationError: If there is no such file, or it is no YAML of plain values.
+    """
+    if "://" in path:
+        raise ConfigurationError(f"--config {redact(path)} is a URL; configs are read from disk alone: download it")
+    file = Path(path)
+    if not file.is_file():
+        beside = sorted(str(other) for other in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+        near = did_you_mean(path, beside)
+        raise ConfigurationError(f"--config {path} {'is no file' if file.exists() else 'does not exist'}{near}")
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config {path} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        told = redact(" ".join(str(error).split()))
+        raise ConfigurationError(f"--config {path} is no YAML of plain values: {told[:300]}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--config {path} holds no options but {type(content).__name__}")
+    for section, options in content.items():
+        if isinstance(options, list):
+            raise ConfigurationError(f"--config {path}: {section} must hold options, got a list")
+    return content
+
+
+def refuse_secrets(options: Any, where: str = "") -> None:
+    """Raise a ConfigurationError where nested options hold a key, without repeating it."""
+    found = secret_in(options)
+    if found:
+        raise ConfigurationError(
+            f"{where}{found}; keys come from the environment alone (NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN), "
+            "as options are written into config.yaml, checkpoints and W&B"
+        )

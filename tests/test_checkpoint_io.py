@@ -1,0 +1,162 @@
+"""A checkpoint is whole or absent, whatever kills the write, and the newest whole one is resumed from."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoint_io import RESUMABLE, WholeCheckpointIO, newest_usable, unusable, write_checkpoint
+from datamodules.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT: dict[str, Any] = {name: {} for name in RESUMABLE} | {"state_dict": {"w": torch.arange(100_000.0)}}
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from callbacks.checkpoint_io import WholeCheckpointIO, unusable
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+target, random_ = folder / "last.ckpt", random.Random(0)
+def save(generation):
+    weights = {str(i): torch.full((50_000,), float(generation)) for i in range(10)}
+    WholeCheckpointIO().save_checkpoint({"state_dict": weights, "generation": generation}, target)
+save(0)
+started = time.monotonic()
+save(1)
+write_s, left = time.monotonic() - started, 0
+for _ in range(kills):
+    before = torch.load(target, weights_only=True)["generation"]
+    child = os.fork()
+    if child == 0:
+        generation = before
+        while True:
+            generation += 1
+            save(generation)
+    time.sleep(random_.uniform(0.0, 4 * write_s))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left += len(list(folder.iterdir())) - 1
+    assert unusable(target, ("state_dict",)) == "", unusable(target, ())
+    found = torch.load(target, weights_only=True)
+    assert found["generation"] >= before
+    assert all(torch.all(w == found["generation"]) for w in found["state_dict"].values())
+print(found["generation"], left, write_s, file=sys.stderr)
+print(found["generation"], left)
+"""
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_kill_while_writing_leaves_the_old_file_or_the_new_one(kills: int, tmp_path: Path) -> None:
+    """Also where TMPDIR lies on another file system; part of the kills must fall within a write to prove anything."""
+    elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)
+    environment = {**os.environ, "TMPDIR": elsewhere, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), str(kills)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    written, interrupted = map(int, result.stdout.split())
+    assert written > kills // 4
+    assert interrupted > kills // 4
+    write_checkpoint(CHECKPOINT, tmp_path / "run" / "other.ckpt")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"last.ckpt", "other.ckpt"}
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """No file may grow beyond 60,000 bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    target = tmp_path / "last.ckpt"
+    write_checkpoint({"state_dict": {"w": torch.ones(10)}}, target)
+    before = target.read_bytes()
+    with pytest.raises(ConfigurationError, match=r"cannot write .*last.ckpt \(File too large\).*checkpoint.dirpath"):
+        write_checkpoint(CHECKPOINT, target)
+    assert target.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_and_not_silence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigurationError, match="cannot write the checkpoint"):
+        write_checkpoint(CHECKPOINT, tmp_path / "file" / "last.ckpt")
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o500)
+    if not os.access(closed, os.W_OK):
+        with pytest.raises(ConfigurationError, match="Permission denied"):
+            write_checkpoint(CHECKPOINT, closed / "last.ckpt")
+
+
+def test_an_error_that_is_no_disk_s_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        write_checkpoint({"function": lambda: None}, tmp_path / "last.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def at(path: Path, moment: int) -> Path:
+    """The file, as if written at a moment."""
+    os.utime(path, (moment, moment))
+    return path
+
+
+def test_resuming_passes_over_what_is_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Truncated, damaged in one byte, foreign, weights alone, empty: each is newer than the one that is taken."""
+    good = tmp_path / "best-epoch=1.ckpt"
+    write_checkpoint(CHECKPOINT, tmp_path / "best-epoch=0.ckpt")
+    write_checkpoint(CHECKPOINT, good)
+    content = good.read_bytes()
+    damaged = bytearray(content)
+    damaged[len(content) // 2] ^= 1
+    bad = {"truncated": content[:-500], "damaged": bytes(damaged), "foreign": b"PK no checkpoint", "empty": b""}
+    for name, text in bad.items():
+        (tmp_path / f"{name}.ckpt").write_bytes(text)
+    write_checkpoint({"state_dict": {}}, tmp_path / "weights.ckpt")
+    at(tmp_path / "best-epoch=0.ckpt", 100)
+    at(good, 200)
+    for moment, name in enumerate([*bad, "weights"], start=300):
+        at(tmp_path / f"{name}.ckpt", moment)
+    assert newest_usable(list(tmp_path.glob("*.ckpt"))) == good
+    assert all(unusable(tmp_path / f"{name}.ckpt", ()) for name in bad)
+    good.unlink()
+    (tmp_path / "best-epoch=0.ckpt").unlink()
+    with pytest.raises(ConfigurationError, match=r"none of the 5 checkpoints in .* can be resumed from"):
+        newest_usable(list(tmp_path.glob("*.ckpt")))
+    assert newest_usable([]) is None
+
+
+def test_a_symbolic_last_is_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every change of the link is a rename onto it."""
+    names = ["first.ckpt", "second.ckpt"]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    link = tmp_path / "last.ckpt"
+    monkeypatch.setattr(os, "remove", lambda path: pytest.fail(f"{path} removed"))
+    for name in names:
+        write_checkpoint(CHECKPOINT, tmp_path / name)
+        BoundaryCheckpoint._link_checkpoint(trainer, str(tmp_path / name), str(link))
+        assert link.resolve().name == name
+    assert {file.name for file in tmp_path.iterdir()} == {*names, "last.ckpt"}
+
+
+def test_loading_is_of_plain_values_whatever_is_asked_for(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    torch.save({"state_dict": Payload()}, tmp_path / "last.ckpt")
+    with pytest.raises(ConfigurationError, match="something else than tensors and plain values"):
+        WholeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert not (tmp_path / "canary").exists()

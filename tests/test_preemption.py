@@ -1,0 +1,197 @@
+"""SIGTERM and SIGUSR1: saved at a step boundary, exit code 143, resumed where it ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoint_io import WholeCheckpointIO
+from callbacks.preemption import Preempted, Preemption
+from tests.command_line import Cli
+
+ROOT = Path(__file__).parents[1]
+SLOW = pytest.mark.slow
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "cli.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "it never came so far"
+        time.sleep(0.05)
+
+
+def logged_steps(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def child_of(pid: int) -> int:
+    """The process that Lightning started for the other rank."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
+    return next(child for child, command in commands.items() if "cli.py" in command)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "signalled", "signum"),
+    [
+        (1, 0, signal.SIGTERM),
+        pytest.param(1, 0, signal.SIGUSR1, marks=SLOW),
+        pytest.param(2, 0, signal.SIGTERM, marks=SLOW),
+        pytest.param(2, 1, signal.SIGTERM, marks=SLOW),
+        pytest.param(2, 1, signal.SIGUSR1, marks=SLOW),
+    ],
+)
+def test_a_signal_to_any_rank_saves_and_ends_with_143(
+    ranks: int, signalled: int, signum: signal.Signals, config: Any, tmp_path: Path
+) -> None:
+    """Accumulating over two batches: the step saved is a whole one, and every step is logged once in the two runs."""
+    trainer = {"max_epochs": 400, "accumulate_grad_batches": 2, "devices": ranks, "log_every_n_steps": 1}
+    trainer |= {"limit_val_batches": 0, "strategy": "ddp" if ranks > 1 else "auto"}
+    path = config("SFTModule", trainer=trainer, evaluation={"num_prompts": 0}, checkpoint={"monitor": None})
+    run = tmp_path / "run"
+    process = start("fit", "--config", path)
+    wait_for(lambda: len(logged_steps(run)) > 3, process)
+    os.kill(process.pid if signalled == 0 else child_of(process.pid), signum)
+    asked = time.monotonic()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output[-3000:]
+    assert time.monotonic() - asked < 20  # 10 s where nothing else keeps the cores busy
+    assert "asked to end: saved" in output
+    assert "Traceback" not in output
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    assert batches["ready"] == batches["processed"]
+    assert not (run / "final").exists()
+    before = logged_steps(run)
+    more = ["--ckpt_path", "last", "--trainer.max_epochs", "-1", "--trainer.max_steps", str(saved["global_step"] + 3)]
+    again = start("fit", "--config", path, *more)
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output[-3000:]
+    assert before == list(range(saved["global_step"]))
+    assert logged_steps(run) == list(range(saved["global_step"] + 3))
+
+
+class Recorder(LightningModule):
+    """Writes down which batches it trains on and when it validates, and may send itself a signal there."""
+
+    def __init__(self, ask_at: tuple[str, int, int] | None = None) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.ask_at = ask_at
+        self.events: list[tuple[str, int, int]] = []
+
+    def _record(self, kind: str, batch_idx: int) -> None:
+        event = (kind, self.trainer.global_step, batch_idx)
+        if event == self.ask_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.events.append(event)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self._record("train", batch_idx)
+        return self.layer(batch[0]).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self._record("validate", batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: Recorder, directory: Path, ckpt_path: str | None = None) -> None:
+    rows = torch.utils.data.TensorDataset(torch.ones(8, 1))
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        val_check_interval=5,  # within a window: it is moved to its start
+        callbacks=[Preemption(), BoundaryCheckpoint(directory, monitor=None, save_top_k=0)],
+        plugins=[WholeCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loaders = [torch.utils.data.DataLoader(rows), torch.utils.data.DataLoader(rows)]
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 8])
+def test_a_signal_in_a_step_ends_at_that_step_s_boundary(step: int, tmp_path: Path) -> None:
+    """Before a validation that is due, after the accumulation; resumed, no batch and no validation is lost or twice."""
+    whole, first, second = Recorder(), Recorder(("train", step - 1, (2 * step - 2) % 8)), Recorder()
+    fit(whole, tmp_path / "whole")
+    assert next(event for event in whole.events if event[0] == "validate") == ("validate", 2, 0)
+    with pytest.raises(Preempted) as exit_:
+        fit(first, tmp_path / "run")
+    assert exit_.value.code == 143
+    assert first.events[-1] == ("train", step - 1, (2 * step - 1) % 8)
+    fit(second, tmp_path / "run", str(tmp_path / "run" / "last.ckpt"))
+    assert first.events + second.events == whole.events
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_signal_in_a_validation_leaves_it_at_once_and_makes_up_for_it(step: int, tmp_path: Path) -> None:
+    whole, first, second = Recorder(), Recorder(("validate", step, 3)), Recorder()
+    fit(whole, tmp_path / "whole")
+    with pytest.raises(Preempted):
+        fit(first, tmp_path / "run")
+    assert first.events[-1] == ("validate", step, 2)
+    fit(second, tmp_path / "run", str(tmp_path / "run" / "last.ckpt"))
+    assert first.events[:-3] + second.events == whole.events
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule", "RLOOModule"])
+def test_a_checkpoint_is_the_trained_weights_and_two_moments_alone(
+    method: str, config: Any, tmp_path: Path, tiny_model_dir: Path, cli: Cli
+) -> None:
+    """At most 3.1 times the weights beside a fixed part: no reference, no second copy of anything."""
+    result = cli("fit", "--config", config(method, evaluation={"num_prompts": 0}))
+    assert result.returncode == 0, result.stderr
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    weights = sum(tensor.untyped_storage().nbytes() for tensor in distinct(saved["state_dict"].values()))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in distinct(tensors_in(saved)))
+    assert weights <= (tiny_model_dir / "model.safetensors").stat().st_size * 1.1
+    assert held <= 3.1 * weights
+    assert not any("reference" in name for name in saved["state_dict"])
+
+
+def tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(value)
+
+
+def distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each storage, as tied weights are stored once."""
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
