@@ -7,14 +7,18 @@ Variants = dict[str, dict[str, Any]]
 SUITE: dict[str, Variants] = {
     "sft": {
         "suite": {},
+        "suite, 3 conversations at a time": {"data": {"batch_size": 3}, "trainer": {"accumulate_grad_batches": 4}},
         "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
     },
     "dpo": {
         "suite": {},
+        "suite, a pair at a time": {"data": {"batch_size": 1}, "trainer": {"accumulate_grad_batches": 4}},
+        "suite, reference in each step": {"model": {"precompute_reference": False}},
         "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
     },
     "rloo": {
         "suite": {},
+        "suite, a prompt at a time": {"data": {"batch_size": 1}, "trainer": {"accumulate_grad_batches": 4}},
         "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
     },
     "generation": {
