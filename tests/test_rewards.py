@@ -114,7 +114,7 @@ def test_a_text_that_is_no_reward_names_the_option_to_change(text: str, message:
     assert "evaluation.reward" in str(caught.value)
 
 
-def test_a_function_without_annotations_is_found_in_the_current_directory(
+def test_a_function_without_annotations_is_found_where_it_may_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "polite_rewards.py").write_text(
