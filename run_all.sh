@@ -34,17 +34,23 @@ stage() {
   fi
   headline "$name"
   mkdir -p "$folder"
-  if ! "$@" 2>&1 | tee -a "$folder/log.txt" || [ ! -e "$marker" ]; then
+  local code=0
+  "$@" 2>&1 | tee -a "$folder/log.txt" || code=${PIPESTATUS[0]}
+  if [ "$code" = 143 ]; then
+    printf '\nstage %s was asked to end and saved its state; run this again to go on\n' "$name" >&2
+    exit 143
+  fi
+  if [ "$code" != 0 ] || [ ! -e "$marker" ]; then
     printf '\nstage %s failed; its log is %s\n' "$name" "$folder/log.txt" >&2
     exit 1
   fi
 }
 
-# train NAME CONFIG OPTIONS...: fit from the last checkpoint where there is one
+# train NAME CONFIG OPTIONS...: fit from the newest whole checkpoint where there is one
 train() {
   local name=$1 config=$2 resume=()
   shift 2
-  [ -e "$out/$name/checkpoints/last.ckpt" ] && resume=(--ckpt_path last)
+  compgen -G "$out/$name/checkpoints/*.ckpt" >/dev/null && resume=(--ckpt_path last)
   stage "$name" "$out/$name" "$out/$name/final/config.json" \
     "$python" cli.py fit --config "$configs/$config.yaml" "$@" ${resume[@]+"${resume[@]}"} ${extra[@]+"${extra[@]}"}
 }

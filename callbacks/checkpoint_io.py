@@ -1,6 +1,7 @@
 """Checkpoint files that are whole or absent, and hold plain data alone."""
 
 import os
+import pickle
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -119,7 +120,7 @@ def unusable(path: Path, keys: tuple[str, ...]) -> str:
         keys: What it must hold.
     """
     if path.is_dir():
-        return "" if (path / ".metadata").is_file() and (path / "meta.pt").is_file() else "it is not whole"
+        return unusable_shards(path)
     if not zipfile.is_zipfile(path):
         return "it is truncated, or no checkpoint"
     try:
@@ -132,6 +133,30 @@ def unusable(path: Path, keys: tuple[str, ...]) -> str:
         return f"{broken} in it is damaged"
     missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
     return f"it has no {missing[0]}, so nothing to resume" if missing else ""
+
+
+def unusable_shards(directory: Path) -> str:
+    """Why a sharded checkpoint cannot be used; its index is a pickle, which torch reads without a check of its own."""
+    try:
+        with (directory / ".metadata").open("rb") as file:
+            IndexUnpickler(file).load()
+        torch.load(directory / "meta.pt", map_location="cpu", weights_only=True)
+    except Exception:  # whatever a hostile or foreign file can raise
+        return "it is not whole, or holds something else than tensors and plain values"
+    return ""
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Builds what the index of a sharded checkpoint consists of, and nothing else."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if module.split(".")[0] in ("torch", "pathlib") else None
+        is_record = module.startswith("torch.distributed.checkpoint.") and isinstance(found, type)
+        is_plain = isinstance(found, torch.dtype) or name in ("Size", "_get_layout", "PosixPath")
+        if "." in name or not (is_record or is_plain):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
+        return found
 
 
 def plain_values(path: Path, key: str) -> dict[str, Any]:

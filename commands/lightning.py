@@ -1,6 +1,5 @@
 """``fit`` and ``validate``: LightningCLI with the suite's run folder, loggers, checkpoints, export and evaluation."""
 
-import glob
 import json
 import logging
 import platform
@@ -8,7 +7,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,13 +24,14 @@ from typing_extensions import override
 
 from callbacks import HuggingFaceExport, NemotronEvaluation
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
-from callbacks.checkpoint_io import WholeCheckpointIO, newest_usable, plain_values, unusable
+from callbacks.checkpoint_io import WholeCheckpointIO, plain_values
 from callbacks.evaluation_files import write_whole
 from callbacks.line_progress import LineProgress
 from callbacks.metrics_file import MetricsFile
 from callbacks.preemption import Preemption
 from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.tracking import WandbTracking, run_name
+from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from datamodules.base import ChatDataModule
@@ -190,60 +189,12 @@ class SuiteCLI(LightningCLI):
                 self.trainer.validate(model, ckpt_path=path, **options)
 
 
-@contextmanager
-def fitting_checkpoint(model: FineTuningModule, path: str | None) -> Iterator[None]:
-    """Tell weights of another model from our own mistakes."""
-    try:
-        yield
-    except RuntimeError as error:
-        if path is None or "loading state_dict" not in str(error):
-            raise
-        raise ConfigurationError(
-            f"the checkpoint {path} is not one of {model.model_name}; change --ckpt_path or --model.model_name"
-        ) from error
-
-
 class NoRows(IterableDataset[Any]):
     """What a validation iterates over that is only about the evaluation's prompts."""
 
     @override
     def __iter__(self) -> Iterator[Any]:
         return iter(())
-
-
-def checkpoints(ckpt_path: str | None) -> list[str]:
-    """The checkpoints under a path: a file, a sharded checkpoint, a folder of files, or a pattern, in their order."""
-    if ckpt_path is None:
-        return []
-    path = Path(ckpt_path)
-    inside = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
-    return [str(file) for file in inside] or ([str(path)] if path.exists() else sorted(glob.glob(ckpt_path)))
-
-
-def resolve_checkpoint(ckpt_path: str | None, root: Path, directory: Path) -> str | None:
-    """The checkpoint that ``--ckpt_path`` means, tried before any model is loaded.
-
-    Args:
-        ckpt_path: A path, or ``last``: the newest whole checkpoint of the run, None where it has none yet.
-        root: The run's folder, where SLURM's requeue leaves its own.
-        directory: The folder of the run's checkpoints.
-
-    Raises:
-        ConfigurationError: If there is no such checkpoint, or it cannot be used.
-    """
-    if ckpt_path == "last":
-        found = newest_usable([*directory.glob("*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")])
-        return str(found) if found else None
-    if ckpt_path == "best":
-        known = ", ".join(str(file) for file in sorted(directory.glob("*.ckpt"))) or "none so far"
-        raise ConfigurationError(f"--ckpt_path best: name the checkpoint itself (this run has {known})")
-    files = checkpoints(ckpt_path)
-    if ckpt_path is not None and not files:
-        raise ConfigurationError(f"--ckpt_path {ckpt_path} does not exist; name a checkpoint, or last")
-    for file in files:
-        if reason := unusable(Path(file), ("state_dict",)):
-            raise ConfigurationError(f"the checkpoint {file} cannot be used: {reason}; name another with --ckpt_path")
-    return ckpt_path
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """A checkpoint is whole or absent, whatever kills the write, and the newest whole one is resumed from."""
 
 import os
+import pickle
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoint_io import RESUMABLE, WholeCheckpointIO, newest_usable, unusable, write_checkpoint
 from datamodules.errors import ConfigurationError
+from tests.command_line import Cli, assert_refused
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT: dict[str, Any] = {name: {} for name in RESUMABLE} | {"state_dict": {"w": torch.arange(100_000.0)}}
@@ -113,7 +116,7 @@ def at(path: Path, moment: int) -> Path:
     return path
 
 
-def test_resuming_passes_over_what_is_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_passes_over_what_is_not_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Truncated, damaged in one byte, foreign, weights alone, empty: each is newer than the one that is taken."""
     good = tmp_path / "best-epoch=1.ckpt"
     write_checkpoint(CHECKPOINT, tmp_path / "best-epoch=0.ckpt")
@@ -129,7 +132,9 @@ def test_resuming_passes_over_what_is_not_whole(tmp_path: Path, capsys: pytest.C
     at(good, 200)
     for moment, name in enumerate([*bad, "weights"], start=300):
         at(tmp_path / f"{name}.ckpt", moment)
+    caplog.set_level("INFO")
     assert newest_usable(list(tmp_path.glob("*.ckpt"))) == good
+    assert caplog.text.count("passing over") == 5
     assert all(unusable(tmp_path / f"{name}.ckpt", ()) for name in bad)
     good.unlink()
     (tmp_path / "best-epoch=0.ckpt").unlink()
@@ -159,4 +164,89 @@ def test_loading_is_of_plain_values_whatever_is_asked_for(tmp_path: Path) -> Non
     torch.save({"state_dict": Payload()}, tmp_path / "last.ckpt")
     with pytest.raises(ConfigurationError, match="something else than tensors and plain values"):
         WholeCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule", "RLOOModule"])
+def test_a_checkpoint_is_the_trained_weights_and_two_moments_alone(
+    method: str, config: Any, tmp_path: Path, tiny_model_dir: Path, cli: Cli
+) -> None:
+    """At most 3.1 times the weights beside a fixed part: no reference, no second copy of anything."""
+    result = cli("fit", "--config", config(method, evaluation={"num_prompts": 0}))
+    assert result.returncode == 0, result.stderr
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    weights = sum(tensor.untyped_storage().nbytes() for tensor in distinct(saved["state_dict"].values()))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in distinct(tensors_in(saved)))
+    assert weights <= (tiny_model_dir / "model.safetensors").stat().st_size * 1.1
+    assert held <= 3.1 * weights
+    assert not any("reference" in name for name in saved["state_dict"])
+
+
+def tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (dict, list, tuple)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from tensors_in(value)
+
+
+def distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """One tensor for each storage, as tied weights are stored once."""
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("small_files_only")
+def test_a_fit_on_a_full_disk_ends_with_a_line_and_the_last_checkpoint(config: Any, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    write_checkpoint({"state_dict": {"w": torch.ones(10)}}, folder / "last.ckpt")
+    before = (folder / "last.ckpt").read_bytes()
+    assert_refused(cli("fit", "--config", config("SFTModule", evaluation={"num_prompts": 0})), "File too large")
+    assert (folder / "last.ckpt").read_bytes() == before
+    assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
+    assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_truncated_last_checkpoint_costs_no_more_than_itself(
+    config: Any, tmp_path: Path, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on from the best one, says so, and leaves a whole ``last.ckpt``."""
+    path = config("SFTModule", evaluation={"num_prompts": 0})
+    assert cli("fit", "--config", path).returncode == 0
+    caplog.set_level("INFO")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    os.truncate(last, last.stat().st_size - 1000)
+    result = cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert result.returncode == 0, result.stderr
+    assert f"passing over {last}: it is truncated, or no checkpoint" in caplog.text
+    assert unusable(last, RESUMABLE) == ""
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    names = {file.name for file in last.parent.iterdir()}  # the one resumed from stays, no second version is made
+    assert names <= {"best-epoch=0.ckpt", "best-epoch=1.ckpt", "last.ckpt"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_folder_that_cannot_be_written_stops_the_run(config: Any, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "file").write_text("no folder")
+    options = {"num_prompts": 0}
+    path = config("SFTModule", evaluation=options, checkpoint={"dirpath": str(tmp_path / "file" / "inside")})
+    assert_refused(cli("fit", "--config", path), "cannot write")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_s_index_is_read_without_running_it(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    folder = tmp_path / "last.ckpt"
+    distributed_checkpoint.save({"w": torch.ones(3), "n": {"count": 1}}, checkpoint_id=folder, no_dist=True)
+    assert unusable(folder, ()) != ""
+    torch.save({"epoch": 1}, folder / "meta.pt")
+    assert unusable(folder, ()) == ""
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
+    assert unusable(folder, ()) != ""
     assert not (tmp_path / "canary").exists()

@@ -317,3 +317,21 @@ def test_a_checkpoint_of_another_run_names_both_values(config: Any, tmp_path: Pa
     assert cli("fit", *again, "--trainer.max_epochs", "2", "--data.num_workers", "0").returncode == 0
     write_checkpoint({**saved, "run_options": {}}, last)
     assert cli("fit", *again, "--trainer.max_epochs", "3").returncode == 0
+
+
+def test_a_reward_and_a_dataset_of_the_user_s_own_are_found(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    (tmp_path / "own_work_of_this_test.py").write_text(
+        "from datamodules import UltraFeedbackDataModule\n"
+        "class Mine(UltraFeedbackDataModule):\n    pass\n"
+        "def polite(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+    )
+    path = config("SFTModule", evaluation={"reward": "own_work_of_this_test.polite"})
+    content = yaml.safe_load(Path(path).read_text())
+    content["data"]["class_path"] = "own_work_of_this_test.Mine"
+    Path(path).write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = cli("fit", "--config", path)
+    assert result.returncode == 0, result.stderr

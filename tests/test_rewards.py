@@ -114,11 +114,16 @@ def test_a_text_that_is_no_reward_names_the_option_to_change(text: str, message:
     assert "evaluation.reward" in str(caught.value)
 
 
-def test_a_function_without_annotations_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_without_annotations_is_found_where_it_may_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "polite_rewards.py").write_text(
         "def polite(prompts, completions):\n    return [float('please' in text.lower()) for text in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigurationError, match="in a module of the current directory"):
+        resolve_reward("polite_rewards.polite")
+    monkeypatch.chdir(tmp_path)
     assert resolve_reward("polite_rewards.polite")([PROMPT] * 2, ["Please go.", "Go."]) == [1.0, 0.0]
 
 
