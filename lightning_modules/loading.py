@@ -77,7 +77,12 @@ def _from_pretrained(
     try:
         with torch.device("cpu"):  # Lightning's default device would reach transformers as a device map
             model, loading = model_class.from_pretrained(
-                model_name, dtype=torch.float32, output_loading_info=True, **settings
+                model_name,
+                dtype=torch.float32,
+                use_safetensors=True,  # another format may hold code
+                trust_remote_code=False,
+                output_loading_info=True,
+                **settings,
             )
     except (OSError, ValueError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0]
