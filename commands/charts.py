@@ -74,7 +74,9 @@ def epoch_chart(runs: list[Run]) -> go.Figure | None:
             )
     if not figure.data:
         return None
-    return rates(figure, "Win rate after each epoch", "epoch").update_xaxes(dtick=1, showgrid=False)
+    last = max(epoch for run in runs for epoch in run.epochs) + 1
+    chart = rates(figure, "Win rate after each epoch", "epoch")
+    return chart.update_xaxes(range=[0.5, last + 0.5], dtick=max(1, last // 12), showgrid=False)
 
 
 def rates(figure: go.Figure, title: str, x_title: str = "") -> go.Figure:

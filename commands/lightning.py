@@ -213,6 +213,7 @@ def quieten() -> None:
     """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
     warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # so it is meant
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     noise = ("litlogger", "TPU", "estimate number")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
