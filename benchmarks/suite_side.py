@@ -99,7 +99,7 @@ def _fit(job: Job, tick: Tick, module: LightningModule, data: LightningDataModul
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "default_root_dir": job.scratch_dir,
+        "default_root_dir": f"{job.scratch_dir}/run",  # caches go beside it
         "callbacks": [StepClock(tick)],
         **({"strategy": "ddp"} if job.processes > 1 else {}),
         **job.variant.get("trainer", {}),

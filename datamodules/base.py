@@ -111,6 +111,8 @@ class ChatDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.tokens_per_batch is not None and self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            raise ConfigurationError("trainer.overfit_batches takes batches of data.batch_size; unset tokens_per_batch")
         return self._loader(self._splits[self.train_split], shuffle=True)
 
     @override

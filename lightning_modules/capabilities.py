@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from datamodules.batches import TokenBatch, pad
 from lightning_modules import attention
 from lightning_modules.layout import flatten, model_inputs, position_ids
+from lightning_modules.modes import evaluating
 
 
 class Capabilities(NamedTuple):
@@ -33,13 +34,8 @@ def capabilities(model: PreTrainedModel) -> Capabilities:
     The model goes on working as before with padded rows and caches, and its saved configuration is the same.
     """
     if model not in _KNOWN:
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                _KNOWN[model] = Capabilities(_longest_flat_row(model), _has_plain_head(model))
-        finally:
-            model.train(was_training)
+        with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            _KNOWN[model] = Capabilities(_longest_flat_row(model), _has_plain_head(model))
     return _KNOWN[model]
 
 
@@ -47,18 +43,21 @@ def _longest_flat_row(model: PreTrainedModel) -> float:
     name = type(model).__name__
     config: Any = model.config.get_text_config()
     if getattr(model.base_model, "_compiled_call_impl", None) is not None:
-        return 0.0  # a new shape with nearly every batch, and a loop over rows: compiled again and again
+        rank_zero_info(f"{name}: batches stay padded, as flat ones would be compiled again and again")
+        return 0.0
     current = config._attn_implementation
-    if current != "sdpa" or not getattr(model, "_supports_attention_backend", False):
-        if current != attention.NAME:
-            rank_zero_info(f"{name}: attention {current!r} cannot be replaced, so batches stay padded")
-            return 0.0
-    else:
-        model.set_attn_implementation(attention.NAME)
+    replaceable = current == "sdpa" and getattr(model, "_supports_attention_backend", False)
+    if not replaceable and current != attention.NAME:
+        rank_zero_info(f"{name}: attention {current!r} cannot be replaced, so batches stay padded")
+        return 0.0
     try:
+        model.set_attn_implementation(attention.NAME)
         difference, reason = _flat_difference(model), "gives other hidden states"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a model may do with inputs that it does not know
-        difference, reason = math.inf, f"fails ({str(error).strip().splitlines()[0]})"
+        told = str(error).strip() or type(error).__name__
+        difference, reason = math.inf, f"fails ({told.splitlines()[0]})"
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     if difference > (5e-3 if exact else 0.05):  # rounding, where other tokens attended to make more than 0.1
         model.set_attn_implementation("sdpa")

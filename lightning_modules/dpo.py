@@ -98,7 +98,7 @@ class DPOModule(FineTuningModule):
     def on_train_start(self) -> None:
         if self.precompute_reference:
             digest = weights_digest(self.reference.like(self.model))[:32]
-            name = f"reference-{digest}-{self.trainer.precision}.json"
+            name = f"reference-{digest}-{self.trainer.precision}-{self.device.type}.json"
             file = Path(self.trainer.default_root_dir).parent / "cache" / name
             self._reference_table = ask_about_run(self.trainer, self.reference_log_probs, file)
             self.reference.free()
@@ -202,7 +202,7 @@ class DPOModule(FineTuningModule):
         """
         tolerance = 1e-3 if self.model.dtype == torch.float32 and not torch.is_autocast_enabled() else 0.1
         loss = sigmoid_loss(margins).mean().item()
-        if margins.abs().max() > tolerance or abs(loss - math.log(2)) > tolerance:
+        if not (margins.abs().max() <= tolerance and abs(loss - math.log(2)) <= tolerance):  # a NaN is no match
             raise RuntimeError(
                 f"before the first step the margins must be 0 and the loss ln 2 = 0.6931, got a margin of up to "
                 f"{margins.abs().max():.4f} and a loss of {loss:.4f}: policy and reference differ"

@@ -1,17 +1,17 @@
 """Sampling completions: one free function, shared by RLOO and the evaluation."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import TokenBatch
 from lightning_modules.decoders import decoder, left_padded
 from lightning_modules.functional.sampling import draw_tokens
+from lightning_modules.modes import evaluating
 
 STEPS_BETWEEN_LOOKS = 16
 """Tokens between looks for finished rows on an accelerator, where each look waits for it."""
@@ -79,7 +79,7 @@ def sample_completions(
     log_probs = torch.zeros_like(uniforms)
     rows = torch.arange(len(seeds), device=device)  # what each row of the decoder is a completion of
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    with _evaluating(model):
+    with evaluating(model):
         decoding = decoder(
             model,
             prompt_ids,
@@ -103,18 +103,6 @@ def sample_completions(
                 rows, drawn, ended = rows[kept], drawn[kept], ended[kept]
             logits = decoding.step(drawn)
     return _samples(prompt_ids, samples_per_prompt, tokens, log_probs, stops=stops, pad_token_id=pad_token_id)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "batch step"]:

@@ -1,8 +1,11 @@
 """What a reference says of preference pairs, computed once and kept on disk under the content that it depends on."""
 
+import contextlib
+import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +38,8 @@ def read_table(file: Path) -> PairTable:
     """What a file holds; nothing where there is none or it is broken."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return {str(key): (float(chosen), float(rejected)) for key, (chosen, rejected) in content.items()}
+        table = {str(key): (float(chosen), float(rejected)) for key, (chosen, rejected) in content.items()}
+        return {key: values for key, values in table.items() if all(map(math.isfinite, values))}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -45,9 +49,12 @@ def write_table(file: Path, table: Mapping[str, tuple[float, float]]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
+            name = partial.name
             json.dump(table, partial)
-        os.replace(partial.name, file)
+        os.replace(name, file)
     except OSError as error:
+        with contextlib.suppress(OSError, UnboundLocalError):
+            os.unlink(name)
         rank_zero_warn(f"the reference's log-probabilities are not kept for another run: {error}")
 
 
@@ -87,11 +94,18 @@ def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tenso
 
 
 def _batches_of_run(trainer: Trainer) -> Iterator[PreferenceBatch]:
-    """Every training batch, or where the run ends within its first epoch, those that it will come to."""
-    planned = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    within_first = planned <= trainer.num_training_batches
-    loader: Any = trainer.train_dataloader
-    return itertools.islice(loader, int(planned) if within_first else None)
+    """Every training batch; where the run ends within its first epoch, those that it will come to.
+
+    Where epochs are shorter than the data, so that each sees other pairs, none: they are asked about as they come.
+    """
+    loader: Any = copy.copy(trainer.train_dataloader)
+    if hasattr(loader, "_iterator"):
+        loader._iterator = None  # workers that persist share one iterator, which training has begun
+    planned = int(trainer.estimated_stepping_batches) * trainer.accumulate_grad_batches
+    of_epoch = int(trainer.num_training_batches)
+    if planned <= of_epoch or trainer.max_epochs == 1:
+        return itertools.islice(loader, min(planned, of_epoch))
+    return iter(loader) if of_epoch == len(loader) else iter(())
 
 
 def look_up(table: PairTable, batch: PreferenceBatch) -> Tensor | None:

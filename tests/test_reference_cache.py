@@ -32,6 +32,7 @@ def batch_of(pairs: Sequence[Pair]) -> PreferenceBatch:
 def fit(directory: Path, root: Path, pairs: Sequence[Pair] = PAIRS, **options: Any) -> tuple[DPOModule, list[int]]:
     """Two epochs of one pair a batch; the module, and how many pairs each question to the reference was about."""
     limits = {"max_epochs": 2, "limit_val_batches": 0, **options.pop("limits", {})}
+    workers = options.pop("workers", 0)
     module = DPOModule(model_name=str(directory), learning_rate=1e-3, **options)
     asked: list[int] = []
     ask = module.reference_log_probs
@@ -50,7 +51,10 @@ def fit(directory: Path, root: Path, pairs: Sequence[Pair] = PAIRS, **options: A
         enable_model_summary=False,
         **limits,
     )
-    trainer.fit(module, DataLoader([batch_of([pair]) for pair in pairs], batch_size=None))
+    batches = [batch_of([pair]) for pair in pairs]
+    trainer.fit(module, DataLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0))
+    if trainer.max_steps == -1:
+        assert trainer.global_step == trainer.max_epochs * trainer.num_training_batches
     return module, asked
 
 
@@ -65,6 +69,34 @@ def test_asking_before_training_gives_the_weights_that_asking_at_each_step_gives
     at_each_step, asked_online = fit(tiny_model_dir, tmp_path, precompute_reference=False)
     assert (len(asked), len(asked_online)) == (3, 6)
     torch.testing.assert_close(weights(before), weights(at_each_step), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_workers_that_load_batches_give_training_all_of_them_too(
+    tiny_model_dir: Path, tmp_path: Path, epochs: int
+) -> None:
+    """They persist and share one iterator, which asking the reference must not use up."""
+    alone, _ = fit(tiny_model_dir, tmp_path / "alone", limits={"max_epochs": epochs})
+    helped, asked = fit(tiny_model_dir, tmp_path / "helped", limits={"max_epochs": epochs}, workers=1)
+    assert len(asked) == 3
+    assert torch.equal(weights(alone), weights(helped))
+
+
+def test_epochs_shorter_than_the_data_are_asked_about_as_they_come(tiny_model_dir: Path, tmp_path: Path) -> None:
+    _, asked = fit(tiny_model_dir, tmp_path, limits={"max_epochs": 2, "limit_train_batches": 1})
+    assert len(asked) == 2
+    _, asked = fit(tiny_model_dir, tmp_path / "one", limits={"max_epochs": 1, "limit_train_batches": 2})
+    assert len(asked) == 2
+
+
+def test_a_table_that_holds_no_number_is_asked_about_again(tiny_model_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_model_dir, tmp_path)
+    (file,) = (tmp_path / "cache").iterdir()
+    table = json.loads(file.read_text())
+    key = next(iter(table))
+    file.write_text(json.dumps({**table, key: [float("nan"), 0.0]}))
+    assert fit(tiny_model_dir, tmp_path)[1] == [1]
+    assert json.loads(file.read_text()) == table
 
 
 def test_the_reference_is_not_in_memory_while_training(tiny_model_dir: Path, tmp_path: Path) -> None:
