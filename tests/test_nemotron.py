@@ -23,6 +23,7 @@ from lightning_modules.rewards.asking import retry_after_s
 from lightning_modules.rewards.http import ALTERNATIVES
 from lightning_modules.rewards.nemotron import folded_system, parse_score
 from lightning_modules.rewards.preflight import preflight
+from tests.clock import Clock
 from tests.reward_server import Asked, Reply, RewardServer, reply_of, text_reply
 
 KEY = "nvapi-a-key-that-no-log-may-hold"
@@ -37,25 +38,6 @@ ATTRIBUTES = {
 ATTRIBUTE_TEXT = ",".join(f"{name}:{value}" for name, value in ATTRIBUTES.items())
 ATTRIBUTE_SCORE = 3.315625
 """0.3 x 1.6171875 + 0.74 x 1.6484375 + 0.46 x 3.3125 + 0.47 x 0.546875 - 0.33 x 0.515625, worked out by hand."""
-
-
-class Clock:
-    """Stands in for the ``time`` module: time passes in sleeps alone."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.sleeps: list[float] = []
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return 1_700_000_000.0 + self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        if seconds:
-            self.sleeps.append(seconds)
 
 
 @pytest.fixture

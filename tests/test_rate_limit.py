@@ -10,6 +10,7 @@ import pytest
 from datamodules.errors import ConfigurationError
 from lightning_modules.rewards import rate_limit
 from lightning_modules.rewards.rate_limit import RateLimiter
+from tests.clock import Clock
 
 SHORT_S = 0.4
 
@@ -58,7 +59,7 @@ def test_two_processes_share_the_limit(tmp_path: Path) -> None:
     assert keeps_to(5, got, 0.9 * SHORT_S)
 
 
-def test_what_was_sent_before_a_restart_counts(clock: "Clock") -> None:
+def test_what_was_sent_before_a_restart_counts(clock: Clock) -> None:
     RateLimiter(2, "source").wait()
     RateLimiter(2, "source").wait()
     assert RateLimiter(2, "source").wait(give_up_at=clock.now + 1.0) is False
@@ -67,20 +68,20 @@ def test_what_was_sent_before_a_restart_counts(clock: "Clock") -> None:
     assert clock.now == 1000.0 + rate_limit.WINDOW_S
 
 
-def test_sources_have_limits_of_their_own(clock: "Clock") -> None:
+def test_sources_have_limits_of_their_own(clock: Clock) -> None:
     for source in ("one", "two", "three"):
         RateLimiter(1, source).wait()
     assert clock.sleeps == []
 
 
-def test_a_share_of_one_a_minute_waits_as_much_longer(clock: "Clock") -> None:
+def test_a_share_of_one_a_minute_waits_as_much_longer(clock: Clock) -> None:
     limiter = RateLimiter(0.5, "source")
     limiter.wait()
     limiter.wait()
     assert clock.now == pytest.approx(1000.0 + 2 * rate_limit.WINDOW_S)
 
 
-def test_shares_of_a_limit_add_up_to_no_more_than_it(clock: "Clock") -> None:
+def test_shares_of_a_limit_add_up_to_no_more_than_it(clock: Clock) -> None:
     """A third of 40 a minute is 13 in any minute."""
     limiter = RateLimiter(40 / 3, "source")
     moments = []
@@ -91,7 +92,7 @@ def test_shares_of_a_limit_add_up_to_no_more_than_it(clock: "Clock") -> None:
     assert not keeps_to(12, moments, 60.0)
 
 
-def test_a_clock_that_was_set_back_does_not_block(clock: "Clock") -> None:
+def test_a_clock_that_was_set_back_does_not_block(clock: Clock) -> None:
     limiter = RateLimiter(1, "source")
     clock.now += 1e6
     limiter.wait()
@@ -100,7 +101,7 @@ def test_a_clock_that_was_set_back_does_not_block(clock: "Clock") -> None:
     assert clock.sleeps == []
 
 
-def test_no_limit_never_waits_and_leaves_no_file(clock: "Clock") -> None:
+def test_no_limit_never_waits_and_leaves_no_file(clock: Clock) -> None:
     limiter = RateLimiter(0, "source")
     assert all(limiter.wait() for _ in range(100))
     assert clock.sleeps == []
@@ -110,24 +111,6 @@ def test_no_limit_never_waits_and_leaves_no_file(clock: "Clock") -> None:
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="requests_per_minute must not be negative, got -1"):
         RateLimiter(-1, "source")
-
-
-class Clock:
-    """Stands in for the ``time`` module: time passes in sleeps alone."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.sleeps: list[float] = []
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.sleeps.append(seconds)
 
 
 @pytest.fixture
