@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from callbacks.evaluation_cache import EvaluationCache, ScoreMemory, cache_key
 from datamodules.chat import Message
+from datamodules.secrets import redact
 from lightning_modules.rewards import Reward, WeightedReward
 from lightning_modules.rewards.base import checked_scores, reward_identity
 from lightning_modules.rewards.http import HTTPReward
@@ -65,7 +66,8 @@ class Scorer:
                     kept.keep_score(missing[position], score)
                 self.on_score(1)
         except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"  # an epoch without an evaluation must not end a training
+            # An epoch without an evaluation must not end a training, and what is raised may quote a key.
+            self.error = redact(f"{type(error).__name__}: {error}")
         return [scores[key] for key in keys]
 
 

@@ -5,7 +5,14 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-ENVIRONMENT = ("NVIDIA_API_KEY", "WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+ENVIRONMENT = (
+    "NVIDIA_API_KEY",
+    "VLLM_API_KEY",
+    "SGLANG_API_KEY",
+    "WANDB_API_KEY",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+)
 KEY = re.compile(r"\b(?:nvapi-[\w-]{8,}|hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|wandb_v1_\w{16,})")
 WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 """A commit has the same form, so only a whole value counts, not a part of a path."""

@@ -377,10 +377,12 @@ def test_a_judge_that_raises_ends_no_training(talks: Path, tiny_model_dir: Path,
         nonlocal calls
         calls += 1
         if calls > 1:
-            raise KeyError("no such thing")
+            raise KeyError("refused: nvapi-a-key-that-no-warning-may-hold")
         return brevity(prompts, completions)
 
-    trainer = run(talks, tiny_model_dir, evaluation(talks, failing), root=tmp_path / "run")
+    with pytest.warns(UserWarning, match="the evaluation is not valid: 5 of 5 pairs .*KeyError: 'refused") as told:
+        trainer = run(talks, tiny_model_dir, evaluation(talks, failing), root=tmp_path / "run")
+    assert not any("nvapi-a-key" in str(warning.message) for warning in told)
     assert trainer.current_epoch == 2
     metrics, pairs = read(tmp_path / "run" / "eval" / "epoch=1")
     assert (metrics["valid"], metrics["failed"], metrics["win_rate"]) == (False, 5, None)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.chat import CHATML_TEMPLATE
-from lightning_modules.rewards import CausalModelReward, SGLangReward, VLLMReward
+from datamodules.secrets import redact
+from lightning_modules.rewards import CausalModelReward, NemotronReward, SGLangReward, VLLMReward
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.vllm import last_number
 from tests.reward_server import Asked, Reply, RewardServer
@@ -114,6 +115,12 @@ def test_a_server_gets_its_own_key_and_no_other(
     monkeypatch.setenv(variable, "own-key")
     assert score_one(reward(str(tiny_model_dir), server.url.removesuffix("/v1"))) == 1.0
     assert [asked.headers.get("Authorization") for asked in server.asked] == [None, "Bearer own-key"]
+
+
+@pytest.mark.parametrize("reward", [NemotronReward, VLLMReward, SGLangReward])
+def test_the_key_of_every_server_is_kept_out_of_what_is_printed(reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(reward.key_variable, "a-key-of-no-known-form")
+    assert redact("refused: a-key-of-no-known-form") == "refused: ***"
 
 
 def test_a_nemotron_style_model_is_read_at_logit_0_of_the_last_position(tiny_model_dir: Path) -> None:
