@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from callbacks.evaluation_cache import EvaluationCache, ScoreMemory
@@ -127,7 +127,7 @@ class NemotronEvaluation(Callback):
             self._prompts = load_prompts(
                 self.dataset_name,
                 self.split,
-                tokenizer=load_tokenizer(pl_module.model_name),
+                tokenizer=pl_module.load_tokenizer(),
                 count=self.num_prompts,
                 max_length=self.max_prompt_length,
                 held_out=True if self.dataset_name == getattr(data, "dataset_name", None) else None,
@@ -194,7 +194,7 @@ class NemotronEvaluation(Callback):
         sources = remote_parts(self.reward)
         before = sum((source.calls for source in sources), Counter())
         name = self.reference_model or module.model_name
-        reference_tokenizer = load_tokenizer(name)
+        reference_tokenizer = self._reference_tokenizer(module)
 
         def load_reference() -> PreTrainedModel:
             model = load_causal_lm(name, reference_tokenizer, option="evaluation.reference_model").eval()
@@ -231,6 +231,12 @@ class NemotronEvaluation(Callback):
         missing = any(pair.outcome == "failed" for pair in pairs.values())
         error = scorer.error or (getattr(self.reward, "last_error", "") if missing else "")
         return EvaluationShare(pairs, calls, error)
+
+    def _reference_tokenizer(self, module: FineTuningModule) -> PreTrainedTokenizerBase:
+        """The named reference's own; the starting policy's is the policy's."""
+        if self.reference_model is None:
+            return module.tokenizer
+        return load_tokenizer(self.reference_model, option="evaluation.reference_model")
 
     def _evaluates(self, module: LightningModule) -> bool:
         return self.num_prompts > 0 and isinstance(module, FineTuningModule) and module.can_generate

@@ -1,9 +1,11 @@
 """What every data module does alike: load, encode, report what was dropped, and batch, on one process or many."""
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from datasets import Dataset
@@ -13,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from datamodules import chat, encoding
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
-from datamodules.chat import load_tokenizer, tail_ids
+from datamodules.chat import load_tokenizer, read_template, tail_ids
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
 from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
@@ -45,6 +48,8 @@ class ChatDataModule(LightningDataModule):
         num_workers: Processes that load batches, and that tokenise where a split is large.
         max_samples: Take only this many rows of each split.
         seed: Of the order in which the rows are seen.
+        chat_template: How conversations are written out, in the place of the tokenizer's own template: a file, or the
+            name of a template that ships (``chatml``). The exported model keeps it.
         tokens_per_batch: Fill batches to this many tokens (best fit) in the place of ``batch_size`` rows; a pair
             counts its prompt once. Not for prompts.
     """
@@ -52,7 +57,7 @@ class ChatDataModule(LightningDataModule):
     train_split: ClassVar[str]
     validation_split: ClassVar[str]
     readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]]
-    """For each task that the dataset serves, the function from a row to its messages."""
+    """For each task that the dataset serves, the function from a row to what stands for its messages there."""
     columns: ClassVar[Sequence[str]]
 
     def __init__(
@@ -65,10 +70,13 @@ class ChatDataModule(LightningDataModule):
         num_workers: int = 0,
         max_samples: int | None = None,
         seed: int = 42,
+        chat_template: str | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if not isinstance(dataset_name, str):
+            raise ConfigurationError(f"data.dataset_name must be one name or path, got {dataset_name!r}")
         if task not in get_args(Task):
             raise ConfigurationError(f"data.task must be one of {get_args(Task)}, got {task!r}")
         if task not in self.readers:
@@ -76,6 +84,10 @@ class ChatDataModule(LightningDataModule):
         for option, value in (("batch_size", batch_size), ("max_length", max_length), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ConfigurationError(f"data.{option} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ConfigurationError(f"data.num_workers must not be negative, got {num_workers}")
+        if chat_template is not None:
+            read_template(chat_template)
         if tokens_per_batch is not None and (task == "prompts" or tokens_per_batch < max_length):
             raise ConfigurationError(
                 f"data.tokens_per_batch must be at least data.max_length ({max_length}), and is for conversations and "
@@ -89,6 +101,7 @@ class ChatDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_samples = max_samples
         self.seed = seed
+        self.chat_template = chat_template
         self.tokens_per_batch = tokens_per_batch
         self.dropped: dict[str, Counter[str]] = {}
         self._splits: dict[str, Dataset] = {}
@@ -104,7 +117,7 @@ class ChatDataModule(LightningDataModule):
         wanted = [self.train_split, self.validation_split] if stage == "fit" else [self.validation_split]
         if set(wanted) <= set(self._splits):
             return
-        self.tokenizer = load_tokenizer(self.model_name)
+        self.tokenizer = load_tokenizer(self.model_name, chat_template=self.chat_template)
         for split in wanted:
             if split not in self._splits:
                 self._splits[split] = self._encoded(split)
@@ -171,6 +184,7 @@ class ChatDataModule(LightningDataModule):
                 "read": self.readers[self.task],
                 "tokenizer": self.tokenizer,
                 "max_length": self.max_length - tail,
+                "code": code_digest(),  # rows that other code encoded are in the cache under another key
             },
             remove_columns=rows.column_names,
             num_proc=min(self.num_workers, len(rows) // ROWS_PER_WORKER) or None,
@@ -198,6 +212,12 @@ class ChatDataModule(LightningDataModule):
         if dropped["too long"] > len(reasons) // 2:
             warnings.warn(f"more than half of {split} is longer than data.max_length={self.max_length}", stacklevel=2)
         return encoded.select(kept).remove_columns("dropped")
+
+
+def code_digest() -> str:
+    """Of the code that rows are encoded with."""
+    files = (Path(str(module.__file__)) for module in (chat, encoding))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def row_lengths(rows: Dataset) -> list[int]:

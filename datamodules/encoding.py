@@ -1,103 +1,123 @@
 """From a row's messages to the columns a task trains on; a row that cannot be used carries the reason instead."""
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import Message, encode_conversation, malformed, shortened
+from datamodules.chat import (
+    Message,
+    TemplateRefusalError,
+    encode_conversation,
+    flaw,
+    shortened,
+    without_special_tokens,
+)
 from datamodules.errors import ConfigurationError
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]
 
 
+class UnusableRowError(Exception):
+    """Why a row is dropped."""
+
+
+def row_encoder(**empty: Any) -> Callable[[Callable[..., Columns]], Callable[..., Columns]]:
+    """Give an encoder the column ``dropped``, with why a row cannot be used; an unusable option stays an error.
+
+    Args:
+        empty: The other columns, as they are in a dropped row.
+    """
+
+    def decorate(encode: Callable[..., Columns]) -> Callable[..., Columns]:
+        @wraps(encode)
+        def encoded(row: Row, index: int, *, code: str = "", **options: Any) -> Columns:  # code: of a cache's key alone
+            try:
+                return {**empty, **encode(row, **options), "dropped": ""}
+            except UnusableRowError as reason:
+                return {**empty, "dropped": str(reason)}
+            except TemplateRefusalError as refusal:
+                return {**empty, "dropped": f"refused by the chat template ({refusal.reason[:80]})"}
+            except ConfigurationError as error:
+                raise ConfigurationError(f"row {index}: {error}") from error
+
+        return encoded
+
+    return decorate
+
+
+@row_encoder(input_ids=[], completion_mask=[])
 def encode_conversation_row(
-    row: Row,
-    index: int,
-    *,
-    read: Callable[[Row], list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    row: Row, *, read: Callable[[Row], Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Columns:
     """Columns ``input_ids`` and ``completion_mask``; a long conversation loses its earliest exchanges."""
-    messages = read(row)
-    columns: Columns = {"input_ids": [], "completion_mask": [], "dropped": ""}
-    if malformed(messages):
-        return {**columns, "dropped": "malformed"}
-    if not any(message["role"] == "assistant" for message in messages):
-        return {**columns, "dropped": "no supervised token"}
-    if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
-        return {**columns, "dropped": "empty completion"}
+    messages = _conversation(tokenizer, read(row))
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    _drop_if(not answers, "no supervised token")
+    _drop_if(not all(answer.strip() for answer in answers), "empty completion")
     for shorter in shortened(messages):
         if not any(message["role"] == "assistant" for message in shorter):
             break
-        encoded = _encode(tokenizer, shorter, index)
+        encoded = encode_conversation(tokenizer, shorter)
         if len(encoded.input_ids) <= max_length:
-            return {"input_ids": encoded.input_ids, "completion_mask": encoded.completion_mask, "dropped": ""}
-    return {**columns, "dropped": "too long"}
+            _drop_if(not any(encoded.completion_mask), "no supervised token")
+            return {"input_ids": encoded.input_ids, "completion_mask": encoded.completion_mask}
+    raise UnusableRowError("too long")
 
 
+@row_encoder(prompt_ids=[], chosen_ids=[], rejected_ids=[], tied=False)
 def encode_preference_row(
     row: Row,
-    index: int,
     *,
-    read: Callable[[Row], tuple[list[Message], list[Message]]],
+    read: Callable[[Row], tuple[Any, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Columns:
     """Columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``tied``, whether the two were scored alike."""
-    chosen, rejected = read(row)
-    score = row.get("score_chosen")
-    tied = score is not None and score == row.get("score_rejected")
-    columns: Columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "tied": tied, "dropped": ""}
-    if malformed(chosen) or malformed(rejected):
-        return {**columns, "dropped": "malformed"}
-    if chosen[:-1] != rejected[:-1] or chosen[-1]["role"] != "assistant" or len(chosen) < 2:
-        return {**columns, "dropped": "prompts differ"}
-    if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
-        return {**columns, "dropped": "empty completion"}
-    if chosen[-1] == rejected[-1]:
-        return {**columns, "dropped": "chosen equals rejected"}
+    chosen, rejected = (_conversation(tokenizer, messages) for messages in read(row))
+    _drop_if(chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant", "no answer at the end")
+    _drop_if(chosen[:-1] != rejected[:-1], "prompts differ")
+    _drop_if(not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip(), "empty completion")
     for prompt in shortened(chosen[:-1]):
-        start = len(_encode(tokenizer, prompt, index, add_generation_prompt=True).input_ids)
-        prompt_and_chosen = _encode(tokenizer, [*prompt, chosen[-1]], index).input_ids
-        prompt_and_rejected = _encode(tokenizer, [*prompt, rejected[-1]], index).input_ids
+        start = len(encode_conversation(tokenizer, prompt, add_generation_prompt=True).input_ids)
+        prompt_and_chosen, prompt_and_rejected = (
+            encode_conversation(tokenizer, [*prompt, side[-1]]).input_ids for side in (chosen, rejected)
+        )
         if max(len(prompt_and_chosen), len(prompt_and_rejected)) <= max_length:
+            _drop_if(prompt_and_chosen == prompt_and_rejected, "chosen equals rejected")
+            score = row.get("score_chosen")
             return {
                 "prompt_ids": prompt_and_chosen[:start],
                 "chosen_ids": prompt_and_chosen[start:],
                 "rejected_ids": prompt_and_rejected[start:],
-                "tied": tied,
-                "dropped": "",
+                "tied": score is not None and score == row.get("score_rejected"),
             }
-    return {**columns, "dropped": "too long"}
+    raise UnusableRowError("too long")
 
 
+@row_encoder(messages=[], prompt_ids=[])
 def encode_prompt_row(
-    row: Row,
-    index: int,
-    *,
-    read: Callable[[Row], list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
+    row: Row, *, read: Callable[[Row], Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Columns:
     """Columns ``messages`` and ``prompt_ids``; a long prompt loses its earliest exchanges."""
-    messages = read(row)
-    columns: Columns = {"messages": [], "prompt_ids": [], "dropped": ""}
-    if malformed(messages) or messages[-1]["role"] != "user":
-        return {**columns, "dropped": "malformed"}
+    messages = _conversation(tokenizer, read(row))
+    _drop_if(messages[-1]["role"] != "user", "no question at the end")
     for shorter in shortened(messages):
-        encoded = _encode(tokenizer, shorter, index, add_generation_prompt=True)
+        encoded = encode_conversation(tokenizer, shorter, add_generation_prompt=True)
         if len(encoded.input_ids) <= max_length:
-            return {"messages": shorter, "prompt_ids": encoded.input_ids, "dropped": ""}
-    return {**columns, "dropped": "too long"}
+            return {"messages": shorter, "prompt_ids": encoded.input_ids}
+    raise UnusableRowError("too long")
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], index: int, *, add_generation_prompt: bool = False
-) -> Any:
-    try:
-        return encode_conversation(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"row {index}: {error}") from error
+def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[Message]:
+    """The turns as they are encoded: control tokens are no text, so what consists of them alone is empty."""
+    reason = flaw(messages)
+    _drop_if(bool(reason), reason)
+    return without_special_tokens(tokenizer, messages)
+
+
+def _drop_if(condition: bool, reason: str) -> None:
+    if condition:
+        raise UnusableRowError(reason)

@@ -1,11 +1,13 @@
 """Held-out prompts for the evaluation, from any dataset of conversations, pairs or plain prompts."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import Message, encode_conversation, malformed
+from datamodules.chat import Message, TemplateRefusalError, before_answer, encode_conversation, flaw
 from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
 
@@ -20,18 +22,22 @@ class Prompt(NamedTuple):
     source: str | None
 
 
-def read_prompt(row: Mapping[str, Any]) -> list[Message] | None:
-    """The conversation before the last assistant turn, from ``chosen``, ``messages`` or the text of ``prompt``."""
-    messages = row.get("chosen") or row.get("messages")
-    if messages is None:
-        prompt = row.get("prompt")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if malformed(messages):
-        return None
-    assert isinstance(messages, list)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return messages if messages and messages[-1]["role"] == "user" else None
+def read_prompt(row: Mapping[str, Any]) -> Any:
+    """The conversation before the last assistant turn, from a list in ``chosen``, ``messages`` or ``prompt``, or text.
+
+    What a row has there may be anything; :func:`unfit` says why it is no prompt.
+    """
+    found = [row.get(name) for name in ("chosen", "messages", "prompt")]
+    conversation = next((value for value in found if isinstance(value, list) and value), None)
+    if conversation is not None:
+        return before_answer(conversation)
+    text = found[-1]
+    return [{"role": "user", "content": text}] if isinstance(text, str) else text
+
+
+def unfit(messages: Any) -> str:
+    """Why this is no conversation that ends with a question; empty where it is one."""
+    return flaw(messages) or ("" if messages[-1]["role"] == "user" else "no question at the end")
 
 
 def load_prompts(
@@ -48,7 +54,7 @@ def load_prompts(
     Of a single file all rows are taken, or with ``held_out`` the ones that training leaves out.
 
     Raises:
-        ConfigurationError: If the dataset has no prompts, or none that short.
+        ConfigurationError: If the dataset has no prompts, or none that can be used, with the reasons.
     """
     rows = load_rows(dataset_name, split, columns=(), held_out=held_out, option=OPTION)
     if not {"chosen", "messages", "prompt"} & set(rows.column_names):
@@ -56,21 +62,33 @@ def load_prompts(
             f"{dataset_name} has no chosen, messages or prompt among its columns {rows.column_names}; change {OPTION}"
         )
     prompts: list[Prompt] = []
+    passed_over: Counter[str] = Counter()
     seen: set[str] = set()
     for row in rows:
         if len(prompts) == count:
             break
-        prompt = read_prompt(row)
-        if prompt is None or str(prompt) in seen:
+        messages = read_prompt(row)
+        reason = unfit(messages)
+        if not reason and str(messages) in seen:
             continue
-        tokens = len(encode_conversation(tokenizer, prompt, add_generation_prompt=True).input_ids)
-        if tokens <= max_length:
-            seen.add(str(prompt))
-            source = row.get("source")
-            prompts.append(Prompt(prompt, tokens, source if isinstance(source, str) else None))
+        try:
+            tokens = (
+                0 if reason else len(encode_conversation(tokenizer, messages, add_generation_prompt=True).input_ids)
+            )
+        except TemplateRefusalError as refusal:
+            reason = f"refused by the chat template ({refusal.reason[:80]})"
+        if reason or tokens > max_length:
+            passed_over[reason or f"longer than {max_length} tokens"] += 1
+            continue
+        seen.add(str(messages))
+        source = row.get("source")
+        prompts.append(Prompt(messages, tokens, source if isinstance(source, str) else None))
+    listed = ", ".join(f"{number} {reason}" for reason, number in sorted(passed_over.items()))
     if not prompts:
         raise ConfigurationError(
-            f"{dataset_name} {split} has no prompt of at most {max_length} tokens; "
-            f"change {OPTION} or evaluation.max_prompt_length"
+            f"no row of {dataset_name} {split} is a prompt to evaluate on ({listed}); change {OPTION}, or "
+            "evaluation.max_prompt_length"
         )
+    if passed_over:
+        rank_zero_info(f"{dataset_name} {split}: passed over {sum(passed_over.values())} rows for prompts ({listed})")
     return prompts

@@ -4,19 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from datamodules.base import ChatDataModule, Task
-from datamodules.chat import Message
+from datamodules.chat import before_answer
 
 
-def read_conversation(row: Mapping[str, Any]) -> list[Message]:
+def read_conversation(row: Mapping[str, Any]) -> Any:
     """The whole conversation."""
-    messages: list[Message] = row["messages"]
-    return messages
+    return row["messages"]
 
 
-def read_prompt(row: Mapping[str, Any]) -> list[Message]:
+def read_prompt(row: Mapping[str, Any]) -> Any:
     """The conversation up to its last user turn."""
-    messages: list[Message] = row["messages"]
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    return before_answer(row["messages"])
 
 
 class SmolTalkDataModule(ChatDataModule):

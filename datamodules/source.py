@@ -68,10 +68,25 @@ def _read_files(files: Sequence[Path], *, option: str) -> Dataset:
         raise ConfigurationError(f"{files[0]} is neither .parquet nor .jsonl; change {option}")
     if not any(file.stat().st_size for file in files):
         raise ConfigurationError(f"{files[0]} is empty; change {option}")
+    if file_format == "json" and (told := next(filter(None, map(_not_text, files)), "")):
+        raise ConfigurationError(f"{told}; change {option}")  # what reads the rows would fail later, and name no file
     try:
         return load_dataset(file_format, data_files=[str(file) for file in files], split="train")
     except DatasetGenerationError as error:
+        for file in files if len(files) > 1 else ():
+            _read_files([file], option=option)  # raises for the one that is broken
         raise ConfigurationError(f"{files[0]} cannot be read: {error.__cause__ or error}; change {option}") from error
+
+
+def _not_text(file: Path) -> str:
+    """Which line of the file is not in UTF-8, and why; empty where all are."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"line {number} of {file} is not in UTF-8 ({error.reason} at byte {error.start})"
+    return ""
 
 
 def _read_hub(dataset_name: str, split: str, *, option: str) -> Dataset:

@@ -4,24 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from datamodules.base import ChatDataModule, Task
-from datamodules.chat import Message
+from datamodules.chat import before_answer
 
 
-def read_preference(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
+def read_preference(row: Mapping[str, Any]) -> tuple[Any, Any]:
     """Both conversations; each holds the prompt and one answer."""
     return row["chosen"], row["rejected"]
 
 
-def read_chosen(row: Mapping[str, Any]) -> list[Message]:
+def read_chosen(row: Mapping[str, Any]) -> Any:
     """The conversation with the chosen answer."""
-    messages: list[Message] = row["chosen"]
-    return messages
+    return row["chosen"]
 
 
-def read_prompt(row: Mapping[str, Any]) -> list[Message]:
+def read_prompt(row: Mapping[str, Any]) -> Any:
     """The conversation without its answer."""
-    messages: list[Message] = row["chosen"]
-    return messages[:-1]
+    return before_answer(row["chosen"])
 
 
 class UltraFeedbackDataModule(ChatDataModule):

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from typing_extensions import override
 
 from datamodules.base import Task
@@ -95,7 +95,7 @@ class FineTuningModule(LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "model"):
             return
-        self.tokenizer = load_tokenizer(self.model_name)
+        self.tokenizer = self.load_tokenizer()
         self.model = self.load_model()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -104,6 +104,11 @@ class FineTuningModule(LightningModule):
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with the chat template that the data names where it names one."""
+        data = getattr(self._trainer, "datamodule", None)
+        return load_tokenizer(self.model_name, chat_template=getattr(data, "chat_template", None))
 
     def load_model(self) -> PreTrainedModel:
         """The model to train."""

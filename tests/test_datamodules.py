@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules import SmolTalkDataModule, UltraFeedbackDataModule
+from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
-from datamodules.chat import Message
+from datamodules.chat import CHATML_TEMPLATE, Message, load_tokenizer
 from datamodules.errors import ConfigurationError
 from datamodules.prompts import load_prompts
 
@@ -77,6 +77,85 @@ def test_conversations_are_dropped_with_a_reason(tmp_path: Path, tiny_model_dir:
     (batch,) = module.train_dataloader()
     assert isinstance(batch, TokenBatch)
     assert module.tokenizer.decode(batch.input_ids[0][batch.completion_mask[0]]) == "yo<|im_end|>"
+
+
+def test_what_is_wrong_with_real_rows_is_a_counted_reason_and_no_error(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Control tokens are no text, and a conversation begins with a question."""
+    rows = [
+        {"messages": [user("hi"), assistant("yo")]},
+        {"messages": [assistant("welcome"), user("hi"), assistant("yo")]},
+        {"messages": [user("hi"), assistant("<|im_end|>")]},
+        {"messages": [user("hi"), assistant("<|im_end|> <|im_start|>")]},
+    ]
+    reasons = {"begins with an assistant turn": 1, "empty completion": 2}
+    assert talk(tmp_path, tiny_model_dir, rows).dropped["train"] == reasons
+    prompts = talk(tmp_path, tiny_model_dir, rows, task="prompts")
+    assert prompts.dropped["train"] == {"begins with an assistant turn": 1}
+
+
+def test_a_row_that_the_template_refuses_is_a_counted_reason(tmp_path: Path, tiny_model_dir: Path) -> None:
+    template = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}"
+    (tmp_path / "strict.jinja").write_text(template + CHATML_TEMPLATE)
+    rows = [
+        {"messages": [user("hi"), assistant("yo")]},
+        {"messages": [{"role": "system", "content": "be"}, user("hi"), assistant("yo")]},
+    ]
+    module = talk(tmp_path, tiny_model_dir, rows, chat_template=str(tmp_path / "strict.jinja"))
+    assert module.dropped["train"] == {"refused by the chat template (no system role)": 1}
+
+
+def test_a_pair_without_two_answers_that_differ_is_dropped(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Nothing of such a pair could be learned but that the one side is empty."""
+    question = {**pair("q", "a", "b"), "rejected": [user("q"), user("b")]}
+    opened = {side: [assistant("welcome"), user("q"), assistant(side)] for side in ("chosen", "rejected")}
+    rows = [
+        pair("q", "a", "b"),
+        question,
+        {**pair("q", "a", "b"), "chosen": [user("q"), user("a")]},
+        pair("q", "yes", "yes<|im_end|>"),
+        pair("q", "yes", "<|im_end|>"),
+        {**pair("q", "a", "b"), **opened},
+        {**pair("q", "a", "b"), "chosen": None},
+    ]
+    module = feedback(tmp_path, tiny_model_dir, rows)
+    assert module.dropped["train_prefs"] == {
+        "no answer at the end": 2,
+        "chosen equals rejected": 1,
+        "empty completion": 1,
+        "begins with an assistant turn": 1,
+        "malformed": 1,
+    }
+
+
+def test_answers_that_the_template_writes_alike_are_equal(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "trim.jinja").write_text(CHATML_TEMPLATE.replace("message['content']", "message['content'] | trim"))
+    rows = [pair("q", "a", "b"), pair("q", "yes", "yes ")]
+    module = feedback(tmp_path, tiny_model_dir, rows, chat_template=str(tmp_path / "trim.jinja"))
+    assert module.dropped["train_prefs"] == {"chosen equals rejected": 1}
+
+
+def test_a_missing_conversation_is_a_counted_reason_in_every_task(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [pair("q", "a", "b"), {**pair("q", "a", "b"), "chosen": None}]
+    for task in ("preferences", "prompts", "conversations"):
+        module = feedback(tmp_path, tiny_model_dir, rows, task=task)
+        assert module.dropped["train_prefs"] == {"malformed": 1}, task
+
+
+def test_the_encoding_code_is_a_part_of_the_cache_s_key(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that an earlier version encoded, and kept on disk, are not read as this one's."""
+    write(tmp_path / "test.jsonl", [{"messages": [user("hi"), assistant("yo")]}])
+
+    def key() -> str:
+        module = SmolTalkDataModule(dataset_name=str(tmp_path), model_name=str(tiny_model_dir))
+        module.setup("validate")
+        return str(module._splits["test"]._fingerprint)
+
+    assert key() == key()
+    before = key()
+    monkeypatch.setattr(base, "code_digest", lambda: "other code")
+    assert key() != before
 
 
 def test_a_long_conversation_loses_its_earliest_exchange(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -161,6 +240,8 @@ def test_every_epoch_has_its_own_order_and_the_same_rows(tmp_path: Path, tiny_mo
         ({"dataset_name": "./nowhere"}, "nowhere does not exist; change data.dataset_name"),
         ({"model_name": "./nowhere"}, "model directory ./nowhere does not exist"),
         ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "data.num_workers must not be negative, got -1"),
+        ({"chat_template": "nowhere.jinja"}, "no chat template 'nowhere.jinja'"),
         ({"task": "preferences"}, "SmolTalkDataModule has no preferences"),
         ({"max_length": 3}, "no row of .* can be used"),
     ],
@@ -180,6 +261,11 @@ def test_wrong_columns_a_missing_split_and_a_broken_file_are_named(tmp_path: Pat
         UltraFeedbackDataModule(**options).setup("fit")
     with pytest.raises(ConfigurationError, match=r"has no train.parquet or train.jsonl, only \['train_prefs.jsonl'\]"):
         SmolTalkDataModule(**options).setup("fit")
+    (tmp_path / "train-0.jsonl").write_text('{"messages": "good"}\n')
+    (tmp_path / "train-1.jsonl").write_bytes(b'{"messages": "good"}\n{"messages": "caf\xe9"}\n')
+    with pytest.raises(ConfigurationError, match=r"line 2 of .*train-1.jsonl is not in UTF-8 .* at byte 17"):
+        SmolTalkDataModule(**options).setup("fit")
+    (tmp_path / "train-1.jsonl").unlink()
     (tmp_path / "train.jsonl").write_text('{"messages": [\n')
     with pytest.raises(ConfigurationError, match=r"train.jsonl cannot be read"):
         SmolTalkDataModule(**options).setup("fit")
@@ -188,13 +274,38 @@ def test_wrong_columns_a_missing_split_and_a_broken_file_are_named(tmp_path: Pat
 def test_evaluation_prompts_are_distinct_short_enough_and_end_with_the_user(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    from datamodules.chat import load_tokenizer
-
     rows = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b" * 200}, {"prompt": "c"}, {"prompt": "d"}]
     write(tmp_path / "prompts.jsonl", rows)
     tokenizer = load_tokenizer(str(tiny_model_dir))
     prompts = load_prompts(str(tmp_path / "prompts.jsonl"), "any", tokenizer=tokenizer, count=2, max_length=100)
     assert [prompt.messages for prompt in prompts] == [[user("a")], [user("c")]]
+
+
+def test_a_usable_prompt_is_found_beside_what_is_none(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "text"}, {"prompt": "b", "messages": []}, {"prompt": [user("c")]}]
+    for row in rows:
+        write(tmp_path / "prompts.jsonl", [row])
+        prompts = load_prompts(
+            str(tmp_path / "prompts.jsonl"),
+            "any",
+            tokenizer=load_tokenizer(str(tiny_model_dir)),
+            count=2,
+            max_length=100,
+        )
+        assert len(prompts) == 1, row
+
+
+def test_why_no_row_is_a_prompt_is_told_by_reason(tmp_path: Path, tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    rows = [{"prompt": 5}, {"prompt": 7}]
+    write(tmp_path / "numbers.jsonl", rows)
+    with pytest.raises(ConfigurationError, match=r"\(2 malformed\); change evaluation.dataset_name"):
+        load_prompts(str(tmp_path / "numbers.jsonl"), "any", tokenizer=tokenizer, count=2, max_length=100)
+    rows = [{"messages": [assistant("welcome"), user("q"), assistant("a")]}, {"messages": [user("q" * 200)]}]
+    write(tmp_path / "talks.jsonl", rows)
+    told = r"\(1 begins with an assistant turn, 1 longer than 100 tokens\)"
+    with pytest.raises(ConfigurationError, match=told):
+        load_prompts(str(tmp_path / "talks.jsonl"), "any", tokenizer=tokenizer, count=2, max_length=100)
 
 
 def test_real_pairs_are_handled_as_defined(real_data: Path) -> None:

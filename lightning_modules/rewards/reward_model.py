@@ -11,7 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from datamodules.batches import TokenBatch, pad
-from datamodules.chat import Message, encode_conversation, load_tokenizer, tail_ids
+from datamodules.chat import (
+    Message,
+    UnstableTemplateError,
+    encode_conversation,
+    encode_whole,
+    load_tokenizer,
+    tail_ids,
+)
 from lightning_modules.forward import position_ids, sequence_scores
 from lightning_modules.identity import directory_digest
 from lightning_modules.loading import load_causal_lm, load_config, load_reward_model
@@ -54,9 +61,8 @@ class ModelReward:
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
         model, tokenizer = self.load()
         limit = min(self.max_length, getattr(model.config, "max_position_embeddings", None) or self.max_length)
-        tail = tail_ids(tokenizer)
         encoded = [
-            [*encode_conversation(tokenizer, [*prompt, {"role": "assistant", "content": text}]).input_ids, *tail]
+            conversation_ids(tokenizer, [*prompt, {"role": "assistant", "content": text}])
             for prompt, text in zip(prompts, completions, strict=True)
         ]
         scores = [float("nan")] * len(encoded)
@@ -78,7 +84,7 @@ class ModelReward:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, on this process's device, and its tokenizer."""
         if self._loaded is None:
-            tokenizer = load_tokenizer(self.model_name)
+            tokenizer = load_tokenizer(self.model_name, option=self.option)
             with torch.inference_mode(False):  # whoever asks first may be in a validation
                 model: Any = self.load_model(tokenizer)
                 model.to(device="cuda" if torch.cuda.is_available() else "cpu", dtype=getattr(torch, self.dtype))
@@ -92,6 +98,14 @@ class ModelReward:
     def read_scores(self, model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, " batch"]:
         """One score for each row."""
         return sequence_scores(model, batch)
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """A whole conversation and the template's tail; of a template that rewrites earlier turns what it writes."""
+    try:
+        return [*encode_conversation(tokenizer, messages).input_ids, *tail_ids(tokenizer)]
+    except UnstableTemplateError:
+        return encode_whole(tokenizer, messages).input_ids
 
 
 class CausalModelReward(ModelReward):

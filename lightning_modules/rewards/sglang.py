@@ -30,7 +30,7 @@ class SGLangReward(HTTPReward):
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.model)
+        return load_tokenizer(self.model, option="the reward's model")
 
     @cached_property
     def _added_bos(self) -> str:

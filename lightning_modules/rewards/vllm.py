@@ -47,7 +47,7 @@ class VLLMReward(HTTPReward):
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.model)
+        return load_tokenizer(self.model, option="the reward's model")
 
     @override
     def request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
