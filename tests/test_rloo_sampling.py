@@ -23,11 +23,14 @@ def values(lines: list[dict[str, Any]], name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-@pytest.mark.parametrize(("precision", "low", "high"), [("32-true", 0.0, 1e-5), ("bf16-mixed", 1e-5, 0.05)])
+@pytest.mark.parametrize(("precision", "most"), [("32-true", 1e-5), ("bf16-mixed", 0.05)])
 def test_the_drift_from_the_training_forward_is_rounding_at_the_precision_of_the_run(
-    precision: str, low: float, high: float, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, most: float, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a temperature other than 1, which both sides must apply; a large learning rate, so weights do change."""
+    """At a temperature other than 1, which both sides must apply; a large learning rate, so weights do change.
+
+    In bfloat16 some processors' kernels give both sides the same rounding, others do not.
+    """
     made = config(
         "RLOOModule",
         model={"temperature": 0.6, "learning_rate": 0.05, "warmup_ratio": 0.0},
@@ -36,7 +39,7 @@ def test_the_drift_from_the_training_forward_is_rounding_at_the_precision_of_the
     )
     drifts = values(metrics(monkeypatch, made, tmp_path), "train/sampler_drift")
     assert len(drifts) == 2
-    assert all(low <= drift < high for drift in drifts)
+    assert all(0 <= drift < most for drift in drifts), drifts
 
 
 def test_without_a_penalty_no_reference_is_loaded_and_no_kl_logged(
