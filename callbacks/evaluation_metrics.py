@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 
 from datamodules.chat import Message
+from lightning_modules.functional.length_control import length_controlled_win_rate
 from lightning_modules.functional.statistics import (
-    length_controlled_win_rate,
     mean_interval,
     outcomes,
     prompts_needed,
     rank_correlation,
     sign_test,
-    wilson_interval,
+    win_rate_interval,
 )
 
 OUTCOMES = {1.0: "win", 0.5: "tie", 0.0: "loss"}
@@ -80,7 +80,7 @@ class Pair(NamedTuple):
 def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The metrics of the pairs; failed ones are counted and in no average.
 
-    ``win_rate_ci`` is Wilson's on (wins + ties / 2) of the scored pairs, which ties make conservative.
+    ``length_controlled_win_rate`` is NaN where the data do not tell it, and ``length_controlled_note`` says why.
     """
     scored = [pair for pair in pairs if pair.outcome != "failed"]
     count = {name: sum(pair.outcome == name for pair in pairs) for name in ("win", "tie", "loss", "failed")}
@@ -89,6 +89,7 @@ def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
     lengths = torch.tensor([pair.completion_tokens for pair in scored], dtype=torch.float64)
     reference_lengths = torch.tensor([pair.reference_tokens for pair in scored], dtype=torch.float64)
     improvements, longer = rewards - reference_rewards, lengths - reference_lengths
+    at_equal_length = length_controlled_win_rate(outcomes(rewards, reference_rewards), longer)
     return {
         **win_rate(scored),
         "average_reward": rewards.mean().item(),
@@ -96,7 +97,9 @@ def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
         "reward_improvement": improvements.mean().item(),
         "reward_improvement_ci": list(mean_interval(improvements)),
         "length_ratio": (lengths.mean() / reference_lengths.mean()).item(),
-        "length_controlled_win_rate": length_controlled_win_rate(outcomes(rewards, reference_rewards), longer),
+        "length_controlled_win_rate": at_equal_length.rate,
+        "length_controlled_win_rate_ci": list(at_equal_length.interval),
+        "length_controlled_note": at_equal_length.reason or None,
         "wins": count["win"],
         "ties": count["tie"],
         "losses": count["loss"],
@@ -112,9 +115,15 @@ def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def win_rate(scored: Sequence[Pair]) -> dict[str, Any]:
     """``win_rate`` and ``win_rate_ci`` of pairs that have an outcome."""
-    points = sum((0.5 if pair.outcome == "tie" else float(pair.outcome == "win") for pair in scored), 0.0)
-    rate = points / len(scored) if scored else math.nan
-    return {"win_rate": rate, "win_rate_ci": list(wilson_interval(points, len(scored)))}
+    wins, ties, losses = (sum(pair.outcome == name for pair in scored) for name in ("win", "tie", "loss"))
+    return win_rate_of(wins, ties, losses)
+
+
+def win_rate_of(wins: int, ties: int, losses: int) -> dict[str, Any]:
+    """``win_rate``, ties counted half, and its 95 % interval ``win_rate_ci``; NaN of no pairs."""
+    count = wins + ties + losses
+    rate = (wins + ties / 2) / count if count else math.nan
+    return {"win_rate": rate, "win_rate_ci": list(win_rate_interval(wins, ties, losses))}
 
 
 def by_prompt_length(pairs: Sequence[Pair]) -> list[dict[str, Any]]:

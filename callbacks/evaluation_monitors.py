@@ -1,5 +1,6 @@
 """Fits the callbacks that monitor the evaluation, best checkpoint and early stopping, to epochs that have none."""
 
+import math
 from collections.abc import Callable, Set
 
 from lightning.pytorch import LightningModule, Trainer
@@ -58,7 +59,7 @@ class Monitors:
                 )
             if isinstance(callback, EarlyStopping):
                 for hook in HOOKS:
-                    setattr(callback, hook, self._where_evaluated(getattr(callback, hook)))
+                    setattr(callback, hook, self._where_evaluated(monitor, getattr(callback, hook)))
                 self._watched.append(callback)
             self.names.add(monitor)
 
@@ -69,9 +70,10 @@ class Monitors:
                 delattr(callback, hook)
         self._watched.clear()
 
-    def _where_evaluated(self, check: Callable[[Trainer, LightningModule], None]) -> Callable[..., None]:
+    def _where_evaluated(self, monitor: str, check: Callable[[Trainer, LightningModule], None]) -> Callable[..., None]:
         def checked(trainer: Trainer, pl_module: LightningModule) -> None:
-            if self.evaluated:
+            value = trainer.callback_metrics.get(monitor)
+            if self.evaluated and (value is None or math.isfinite(value)):  # a valid evaluation may lack this number
                 check(trainer, pl_module)
 
         return checked

@@ -52,7 +52,7 @@ def log_pairs(loggers: Sequence[Logger], pairs: Sequence[Pair]) -> None:
 def logged_numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """The metrics under ``eval/``; of an evaluation that is not valid the counts alone, and NaN for the rest."""
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-    for name in ("win_rate", "reward_improvement"):
+    for name in ("win_rate", "length_controlled_win_rate", "reward_improvement"):
         numbers[f"{name}_low"], numbers[f"{name}_high"] = metrics[f"{name}_ci"]
     if not metrics["valid"]:
         numbers = {name: value if name in COUNTS else math.nan for name, value in numbers.items()}

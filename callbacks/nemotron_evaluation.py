@@ -24,7 +24,7 @@ from datamodules.chat import Message, load_tokenizer
 from datamodules.errors import ConfigurationError
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.identity import directory_digest, weights_digest
+from lightning_modules.identity import directory_digest, tensors_digest, weights_digest
 from lightning_modules.loading import load_causal_lm, load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
@@ -171,6 +171,8 @@ class NemotronEvaluation(Callback):
         pairs = [by_number[number] for number in sorted(by_number)]
         metrics = {
             **evaluation_metrics(pairs),
+            "model": judged(trainer, module),
+            "model_digest": tensors_digest(module.model.state_dict().values()),
             "reward_source": reward_name(self.reward),
             "reference": self.reference_model or module.model_name,
             "calls": calls_told(sum((share.calls for share in shares), Counter())),
@@ -285,6 +287,13 @@ class NemotronEvaluation(Callback):
         with progress(trainer, "scores", len(completions), "score") as bar:
             scorer = Scorer(self.reward, cache, self._memory, bar.update)
             return scorer, scorer(asked, completions)
+
+
+def judged(trainer: Trainer, module: FineTuningModule) -> str:
+    """What an evaluation is about: a model, it under a checkpoint, or what it has become in training."""
+    if trainer.state.fn == "fit":
+        return f"{module.model_name} after {trainer.global_step} steps of {module.method}"
+    return module.model_name if trainer.ckpt_path is None else f"{module.model_name} under {trainer.ckpt_path}"
 
 
 class EvaluationShare(NamedTuple):

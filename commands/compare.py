@@ -1,27 +1,29 @@
 """``compare``: runs side by side, as tables, ``summary.json``, a self-contained ``report.html`` and a W&B run."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from callbacks.evaluation_files import without_nan, write_whole
-from callbacks.evaluation_metrics import cannot_tell
 from callbacks.tracking import environment_mode
 from commands.compare_tracking import track
 from commands.pairwise import pairwise
+from commands.parsing import Parser
 from commands.report import render_report
 from commands.runs import Run, differences, read_runs
 from commands.tables import headline_table, pairwise_table
+from commands.verdicts import verdicts
+from datamodules.errors import ConfigurationError
 
 Mode = Literal["online", "offline", "disabled"]
 
 
 def run() -> None:
     """Parse the command line and compare."""
-    parser = ArgumentParser(prog="cli.py compare", description="Put runs side by side.")
+    parser = Parser(prog="cli.py compare", description="Put runs side by side.")
     parser.add_argument("runs", nargs="+", type=str, help="Folders of runs: outputs/sft outputs/dpo outputs/rloo")
     parser.add_argument("--output", type=str, default="outputs/report", help="Where summary.json and report.html go.")
     parser.add_argument(
@@ -35,20 +37,21 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     """Print the tables, write ``summary.json`` and ``report.html``, and log them to W&B.
 
     Raises:
-        ConfigurationError: If a folder is no run, or no run has an evaluation.
+        ConfigurationError: If a folder is no run, no run has an evaluation, or the output cannot be written.
     """
+    check_output(output)
     runs = read_runs(directories)
     notes = differences(runs)
-    unsure = unsure_of(runs)
     matches = pairwise(runs)
+    answers = verdicts(runs, matches)
     console = Console(width=None if Console().is_terminal else 160)
     console.print(headline_table(runs))
     if matches:
         console.print(pairwise_table(matches))
-    for note in notes + unsure:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    write_whole(output / "summary.json", json.dumps(summary(runs, matches, notes + unsure), indent=2) + "\n")
-    page = render_report(runs, matches, notes=notes, unsure=unsure)
+    for line in [*(f"note: {note}" for note in notes), "Did they get better?", *(f"  {told}" for told in answers)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    write_whole(output / "summary.json", json.dumps(summary(runs, matches, answers, notes), indent=2) + "\n")
+    page = render_report(runs, matches, answers=answers, notes=notes)
     write_whole(output / "report.html", page)
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)
     mode = wandb_mode or environment_mode()
@@ -61,16 +64,20 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
         console.print(f"note: W&B has no comparison ({type(error).__name__}: {told})", markup=False, soft_wrap=True)
 
 
-def summary(runs: list[Run], matches: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+def check_output(output: Path) -> None:
+    """Raise a ConfigurationError where the folder cannot be made or written to."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"cannot write into {output} ({error.strerror}); change --output") from error
+
+
+def summary(runs: list[Run], matches: list[dict[str, Any]], answers: list[str], notes: list[str]) -> dict[str, Any]:
     """What ``summary.json`` holds."""
     evaluated = {
         run.name: {"method": run.method, "from": run.headline_from, **run.headline} for run in runs if run.headline
     }
-    content: dict[str, Any] = without_nan({"runs": evaluated, "pairwise": matches, "notes": notes})
-    return content
-
-
-def unsure_of(runs: list[Run]) -> list[str]:
-    """For each run whose interval is too wide to tell it from the reference, a sentence that says so."""
-    sentences = {run.name: cannot_tell(run.headline) for run in runs if run.headline}
-    return [f"{name}: {sentence}" for name, sentence in sentences.items() if sentence]
+    content: dict[str, Any] = {"runs": evaluated, "pairwise": matches, "verdicts": answers, "notes": notes}
+    return dict(without_nan(content))

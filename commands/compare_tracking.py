@@ -15,6 +15,7 @@ HEADLINE = (
     "win_rate_ci",
     "sign_test_p",
     "length_controlled_win_rate",
+    "length_controlled_win_rate_ci",
     "average_reward",
     "average_reference_reward",
     "reward_improvement",

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from callbacks.evaluation_files import without_nan
+from callbacks.evaluation_metrics import win_rate_of
 from commands.runs import Run, is_number
-from lightning_modules.functional.statistics import mean_interval, outcomes, wilson_interval
+from lightning_modules.functional.statistics import mean_interval, outcomes
 
 
 def pairwise(runs: list[Run]) -> list[dict[str, Any]]:
@@ -29,17 +30,17 @@ def against(row: Run, column: Run) -> dict[str, Any]:
     scored = [(own, other) for own, other in rewards if is_number(own) and is_number(other)]
     if not scored:
         return {**names, "note": "no prompt with a score from both"}
-    own, other = torch.tensor(scored).unbind(1)  # single precision, as the outcomes of an evaluation are decided
+    own, other = torch.tensor(scored, dtype=torch.float64).unbind(1)
     result = outcomes(own, other)
     wins, losses = int((result == 1).sum()), int((result == 0).sum())
-    differences = torch.tensor([a - b for a, b in scored], dtype=torch.float64)
+    ties = len(scored) - wins - losses
+    differences = own - other
     numbers = {
         "prompts": len(scored),
         "wins": wins,
-        "ties": len(scored) - wins - losses,
+        "ties": ties,
         "losses": losses,
-        "win_rate": result.mean().item(),
-        "win_rate_ci": list(wilson_interval(result.sum().item(), len(scored))),
+        **win_rate_of(wins, ties, losses),
         "reward_difference": differences.mean().item(),
         "reward_difference_ci": list(mean_interval(differences)),
     }

@@ -6,11 +6,20 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
+from typing_extensions import override
 
 from commands.explaining import did_you_mean, explain
 from datamodules.errors import ConfigurationError
 from datamodules.imports import allowed_packages
 from datamodules.secrets import redact, secret_in
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's, with short errors."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        stop(self, message)
 
 
 def stop(parser: ArgumentParser, message: str) -> NoReturn:

@@ -17,14 +17,14 @@ from commands.tables import HEADLINE, headline_cells, interval, pairwise_cell, p
 BREAKDOWNS = (("win_rate_by_prompt_length", "By prompt length"), ("win_rate_by_source", "By source"))
 
 
-def render_report(runs: list[Run], matches: list[dict[str, Any]], *, notes: list[str], unsure: list[str]) -> str:
+def render_report(runs: list[Run], matches: list[dict[str, Any]], *, answers: list[str], notes: list[str]) -> str:
     """The page; all text from models and data is escaped.
 
     Args:
         runs: At least one of them evaluated.
         matches: Of ``pairwise``.
+        answers: Whether they got better, in words.
         notes: Why the figures may not be trusted or compared.
-        unsure: Where the intervals are too wide to tell.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -35,8 +35,8 @@ def render_report(runs: list[Run], matches: list[dict[str, Any]], *, notes: list
     return environment.get_template("report.html.jinja").render(
         rows=[(run.name, run.method, headline_cells(run.headline)) for run in evaluated],
         columns=HEADLINE,
+        answers=answers,
         notes=notes,
-        unsure=unsure,
         judges=list(dict.fromkeys(run.headline["reward_source"] for run in evaluated)),
         references=list(dict.fromkeys(run.headline["reference"] for run in evaluated)),
         prompts=sorted({run.headline["prompts"] for run in evaluated}),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from datamodules.errors import ConfigurationError
+from lightning_modules.identity import saved_tensors, tensors_digest
 
 SAME_FOR_ALL = ("reward_source", "reference", "prompts")
 """Metrics that must agree before win rates can be put side by side."""
@@ -32,6 +33,8 @@ class Run(NamedTuple):
     config: str
     """The text of ``config.yaml``."""
     environment: dict[str, Any]
+    final_digest: str | None = None
+    """Of the weights in ``final/``, where the evaluation says which ones it judged."""
 
     @property
     def judge(self) -> tuple[str | None, str | None]:
@@ -43,8 +46,11 @@ def read_runs(directories: list[Path]) -> list[Run]:
     """Read the folders.
 
     Raises:
-        ConfigurationError: If one is no run's folder, or none has an evaluation.
+        ConfigurationError: If one is no run's folder or named twice, or none has an evaluation.
     """
+    folders = Counter(directory.resolve() for directory in directories)
+    if twice := [str(folder) for folder, count in folders.items() if count > 1]:
+        raise ConfigurationError(f"{twice[0]} is named {folders[Path(twice[0])]} times; name each run once")
     runs = [read_run(directory) for directory in directories]
     if not any(run.headline for run in runs):
         raise ConfigurationError(f"none of {', '.join(map(str, directories))} has an evaluation; run validate first")
@@ -64,7 +70,8 @@ def read_run(directory: Path) -> Run:
     config_file = directory / "config.yaml"
     if not config_file.is_file():
         raise ConfigurationError(f"{directory} has no config.yaml, so it is no run's folder; name folders of fit")
-    config = config_file.read_text("utf-8")
+    text = config_file.read_text("utf-8")
+    config = yaml.safe_load(text)
     epochs = {
         int(folder.name.removeprefix("epoch=")): _json(folder / "metrics.json")
         for folder in sorted((directory / "eval").glob("epoch=*"))
@@ -75,16 +82,19 @@ def read_run(directory: Path) -> Run:
         source = directory / "eval" / f"epoch={max(epochs)}"
     evaluated = (source / "metrics.json").is_file()
     environment = directory / "environment.json"
+    headline = _json(source / "metrics.json") if evaluated else {}
+    final = directory / ((config.get("export") or {}).get("directory") or "final")
     return Run(
         name=directory.resolve().name,
-        method=yaml.safe_load(config)["model"]["class_path"].rpartition(".")[2].removesuffix("Module"),
-        headline=_json(source / "metrics.json") if evaluated else {},
+        method=config["model"]["class_path"].rpartition(".")[2].removesuffix("Module"),
+        headline=headline,
         headline_from=source.name,
         epochs=epochs,
         pairs=by_prompt(_json_lines(source / "pairs.jsonl")) if evaluated else {},
         curves=read_curves(directory / "metrics.jsonl"),
-        config=config,
+        config=text,
         environment=_json(environment) if environment.is_file() else {},
+        final_digest=tensors_digest(saved_tensors(final)) if "model_digest" in headline and final.is_dir() else None,
     )
 
 
@@ -130,6 +140,12 @@ def differences(runs: list[Run]) -> list[str]:
             notes.append(f"the runs differ in {key} ({told}), so their win rates do not compare")
     if len({frozenset(run.pairs) for run in evaluated}) > 1:
         notes.append("the runs were evaluated on different prompts, so their win rates do not compare")
+    notes += [
+        f"the evaluation of {run.name} (eval/{run.headline_from}) is of other weights than its final model: it judged "
+        f"{run.headline['model']}; validate with the run's config judges the final one"
+        for run in evaluated
+        if run.final_digest is not None and run.headline["model_digest"] != run.final_digest
+    ]
     notes += [
         f"the evaluation of {run.name} is not valid: {run.headline['failed']} of {run.headline['prompts']} pairs failed"
         for run in evaluated

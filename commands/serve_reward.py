@@ -1,22 +1,13 @@
 """``serve-reward``: a reward behind HTTP, under the protocol of NVIDIA's Nemotron API."""
 
+import socket
 import sys
-from typing import NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
-from typing_extensions import override
+from jsonargparse import auto_cli
 
-from commands.parsing import check_arguments, restrict, stop
+from commands.parsing import Parser, check_arguments, restrict
 from datamodules.errors import ConfigurationError
-from lightning_modules.rewards import ModelReward, Reward
-
-
-class Parser(ArgumentParser):
-    """jsonargparse's, with short errors."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        stop(self, message)
+from lightning_modules.rewards import ModelReward, Reward, resolve_reward
 
 
 def run() -> None:
@@ -27,13 +18,13 @@ def run() -> None:
 
 
 def serve_reward(
-    model: str | None = None, reward: Reward | None = None, host: str = "127.0.0.1", port: int = 8000
+    model: str | None = None, reward: Reward | str | None = None, host: str = "127.0.0.1", port: int = 8000
 ) -> None:
     """Serve a reward under the protocol of NVIDIA's Nemotron API, until interrupted.
 
     Args:
         model: Directory or hub id of a reward model.
-        reward: Or the import path of another reward: a function or a class.
+        reward: Or another reward: the import path of a function or class, or all that ``--model.reward`` takes.
         host: Address to listen at; 0.0.0.0 for every one.
         port: Port to listen at.
     """
@@ -41,11 +32,27 @@ def serve_reward(
         from lightning_modules.rewards.server import serve
     except ImportError as error:
         raise ConfigurationError(f"serve-reward needs the serve extra ({error}): pip install '.[serve]'") from error
+    check_address(host, port)
     if model is not None and reward is None:
         reward_model = ModelReward(model, option="--model")
         reward_model.load()
         serve(reward_model, host=host, port=port)
     elif reward is not None and model is None:
-        serve(reward, host=host, port=port)
+        serve(resolve_reward(reward, option="--reward"), host=host, port=port)
     else:
         raise ConfigurationError("serve-reward needs either --model DIR or --reward IMPORT.PATH")
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise a ConfigurationError where nothing can listen there, before a model is loaded."""
+    if not 0 < port < 65536:
+        raise ConfigurationError(f"--port must be within 1..65535, got {port}")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen at {host}:{port} ({error.strerror}); change --port or --host"
+        ) from error

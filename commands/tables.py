@@ -23,7 +23,10 @@ HEADLINE = (
 
 def headline_table(runs: list[Run]) -> Table:
     """The headline metrics, a row a run."""
-    table = Table(title="Against the reference, on held-out prompts (95 % intervals, p of the sign test)")
+    table = Table(
+        title="Against the reference, on held-out prompts (95 % intervals, p of the sign test)",
+        caption="at equal length: by a logistic fit of outcomes on differences in tokens; - where these do not tell",
+    )
     for column in HEADLINE:
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for run in runs:
@@ -37,7 +40,10 @@ def headline_cells(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (percent(metrics["win_rate"]), interval(metrics["win_rate_ci"], percent)),
         (probability(metrics.get("sign_test_p")), ""),
-        (percent(metrics["length_controlled_win_rate"]), ""),
+        (
+            percent(metrics["length_controlled_win_rate"]),
+            interval(metrics.get("length_controlled_win_rate_ci", [None, None]), percent),
+        ),
         (number(metrics["average_reward"]), ""),
         (number(metrics["average_reference_reward"]), ""),
         (number(metrics["reward_improvement"]), interval(metrics["reward_improvement_ci"], number)),

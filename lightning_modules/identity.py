@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
@@ -36,3 +39,23 @@ def weights_digest(model: PreTrainedModel) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """Of weights alone, whatever they are called and in whatever precision they are kept; tied ones count once."""
+    digests = set()
+    for tensor in tensors:
+        plain = tensor.detach().cpu()
+        plain = (plain.float() if plain.is_floating_point() else plain).contiguous()
+        digest = hashlib.sha256(str(tuple(plain.shape)).encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        digests.add(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def saved_tensors(directory: Path) -> Iterator[Tensor]:
+    """The tensors of a model directory, one after the other."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118  # it is no dict
+                yield content.get_tensor(name)

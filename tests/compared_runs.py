@@ -21,6 +21,7 @@ def make_run(
     judge: str = "judge",
     folder: str = "final",
     prompts: list[str] | None = None,
+    tokens: list[int] | None = None,
     **metrics: Any,
 ) -> Path:
     """A run's folder with an evaluation of one prompt for each reward."""
@@ -31,7 +32,7 @@ def make_run(
     pairs = [
         Pair.of(
             [{"role": "user", "content": prompt}],
-            Side(f"{HOSTILE}{directory.name} {i}", 3 + i),
+            Side(f"{HOSTILE}{directory.name} {i}", tokens[i] if tokens else 3 + i),
             Side("ref", 3),
             reward,
             0.0,

@@ -28,6 +28,12 @@ def imported(file: Path) -> set[str]:
     return names
 
 
+def own_modules(file: Path) -> set[str]:
+    """The modules of this suite that a file imports from."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {str(node.module) for node in nodes if str(node.module).split(".")[0] in OURS}
+
+
 @pytest.mark.parametrize("package", sorted(OURS))
 def test_imports_go_one_way(package: str) -> None:
     files = list((ROOT / package).rglob("*.py")) or [ROOT / f"{package}.py"]
@@ -36,12 +42,13 @@ def test_imports_go_one_way(package: str) -> None:
         assert (imported(file) & OURS) - {package} <= ALLOWED[package], file
 
 
-def test_functional_imports_torch_alone() -> None:
+def test_functional_imports_torch_and_scipy_alone() -> None:
     files = list((ROOT / "lightning_modules" / "functional").glob("*.py"))
     assert len(files) > 3
     for file in files:
-        allowed = {"torch", "jaxtyping", "typing", "typing_extensions", "collections", "math", "statistics"}
-        assert imported(file) <= allowed, file
+        allowed = {"torch", "numpy", "scipy", "jaxtyping", "typing", "typing_extensions", "collections", "math"}
+        assert imported(file) - {"lightning_modules"} <= allowed, file
+        assert all(name.startswith("lightning_modules.functional") for name in own_modules(file)), file
 
 
 def test_the_names_that_others_rely_on_can_be_imported() -> None:

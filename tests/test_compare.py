@@ -1,7 +1,9 @@
 """``compare``: what it reads, what it computes, what it warns of, and what it hands to W&B."""
 
+import html
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ from commands import compare as command
 from commands.charts import thinned
 from commands.compare import compare
 from commands.runs import read_curves
+from datamodules.chat import load_tokenizer
 from datamodules.errors import ConfigurationError
-from lightning_modules.functional.statistics import wilson_interval
+from lightning_modules.functional.statistics import win_rate_interval
+from lightning_modules.identity import tensors_digest
+from lightning_modules.loading import load_causal_lm
+from tests.command_line import Cli, assert_refused
 from tests.compared_runs import HOSTILE, make_run
 
 
@@ -48,7 +54,7 @@ def test_methods_meet_on_the_prompts_that_both_have_a_score_for(
     there, back = summary(tmp_path / "report")["pairwise"]
     assert (there["row"], there["column"], there["prompts"]) == ("a", "b", 3)
     assert (there["wins"], there["ties"], there["losses"], there["win_rate"]) == (1, 1, 1, 0.5)
-    assert there["win_rate_ci"] == pytest.approx(list(wilson_interval(1.5, 3)))
+    assert there["win_rate_ci"] == pytest.approx(list(win_rate_interval(1, 1, 1)))
     assert there["reward_difference"] == pytest.approx((4 + 0 - 3) / 3)
     assert there["reward_difference_ci"][0] < 1 / 3 < there["reward_difference_ci"][1]
     assert back["reward_difference"] == pytest.approx(-there["reward_difference"])
@@ -84,16 +90,117 @@ def test_the_report_needs_no_network_and_text_in_it_stays_text(tmp_path: Path) -
     assert "<img" not in page.replace("<img>", "")  # the charts' library writes the bare tag in an error message
     assert 'src="http' not in page
     assert "<link" not in page
-    assert "50.0 % <small>[9.5, 90.5]</small>" in page
+    assert "50.0 % <small>[5.5, 94.5]</small>" in page
 
 
 def test_an_interval_that_cannot_tell_is_told_beside_the_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compare([make_run(tmp_path / "run", rewards=[1.0, 1.0, -1.0, math.nan])], tmp_path / "report")
-    sentence = "run: 3 prompts cannot tell a win rate of 66.7 % from 50 %"
+    sentence = "run: not to be told from the reference; 3 prompts cannot tell a win rate of 66.7 % from 50 %"
     assert sentence in capsys.readouterr().out
     assert sentence in (tmp_path / "report" / "report.html").read_text()
+
+
+def told(tmp_path: Path, **runs: dict[str, Any]) -> list[str]:
+    compare([make_run(tmp_path / name, **options) for name, options in runs.items()], tmp_path / "report")
+    content = summary(tmp_path / "report")
+    page = html.unescape((tmp_path / "report" / "report.html").read_text())
+    assert all(f"<li>{sentence}</li>" in page for sentence in content["verdicts"])
+    answers: list[str] = content["verdicts"]
+    return answers
+
+
+def test_whether_they_got_better_is_answered_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where length varies both ways and means nothing, equal length changes nothing."""
+    tokens = [2, 4] * 20
+    answers = told(
+        tmp_path,
+        good={"rewards": [2.0] * 30 + [-1.0] * 10, "tokens": tokens},
+        bad={"rewards": [-1.0] * 32 + [1.0] * 8, "tokens": tokens},
+        unsure={"rewards": [1.0, -1.0, 1.0, -1.0] * 9 + [1.0] * 4, "tokens": tokens},
+    )
+    assert answers[0].startswith("good: yes, better than the reference; it wins 75.0 % [")
+    assert "] of 40 prompts. At equal length too: 75.0 % [" in answers[0]
+    assert answers[1].startswith("bad: no, worse than the reference; it wins 20.0 % [")
+    assert answers[2].startswith(
+        "unsure: not to be told from the reference; 40 prompts cannot tell a win rate of 55.0 %"
+    )
+    assert answers[3].startswith("good is better than bad: it wins 77.5 % [")
+    assert answers[5].startswith("bad is worse than unsure: it wins ")
+    assert len(answers) == 6
+    assert f"Did they get better?\n  {answers[0]}\n" in capsys.readouterr().out
+
+
+def test_an_answer_says_where_length_may_be_all_there_is_to_it(tmp_path: Path) -> None:
+    """The longer ones win and the shorter ones lose, but for a few; or all are longer."""
+    rewards = [1.0] * 35 + [-1.0] * 15
+    by_length = [9] * 33 + [1] * 2 + [1] * 13 + [9] * 2
+    answers = told(
+        tmp_path,
+        long={"rewards": rewards, "tokens": by_length},
+        longer={"rewards": rewards, "tokens": [30] * 50},
+    )
+    assert "long: yes" in answers[0]
+    assert "But at equal length that is not to be told: " in answers[0]
+    assert answers[0].endswith("; its answers are 2.20 times as long.")
+    assert answers[1].endswith(
+        "At equal length: not known (only 0 of 50 answers are as short as the reference's, or shorter)."
+    )
+
+
+def test_a_win_rate_and_a_mean_reward_that_part_ways_are_both_told(tmp_path: Path) -> None:
+    rewards = [1.0] * 40 + [-50.0 - place for place in range(10)]
+    assert (
+        "But its mean reward differs by -10.10 [" in told(tmp_path, run={"rewards": rewards, "tokens": [2, 4] * 25})[0]
+    )
+
+
+def test_without_a_valid_evaluation_there_is_no_answer(tmp_path: Path) -> None:
+    answers = told(tmp_path, run={"rewards": [1.0, 1.0, math.nan], "valid": False})
+    assert answers == ["run: not known; 1 of 3 pairs have no score."]
+
+
+def test_close_scores_are_told_apart_in_a_match_as_in_an_evaluation(tmp_path: Path) -> None:
+    """In single precision -20.0000001 and -20.0000002 are equal."""
+    a = make_run(tmp_path / "a", rewards=[-20.0000001])
+    b = make_run(tmp_path / "b", rewards=[-20.0000002])
+    compare([a, b], tmp_path / "report")
+    match = summary(tmp_path / "report")["pairwise"][0]
+    assert (match["wins"], match["ties"], match["losses"]) == (1, 0, 0)
+
+
+def test_an_evaluation_of_other_weights_than_the_final_ones_is_noted(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The digest is that of the loaded model's tensors, the tied ones once, and of the file's."""
+    model = load_causal_lm(str(tiny_model_dir), load_tokenizer(str(tiny_model_dir)))
+    digest = tensors_digest(model.state_dict().values())
+    assert tensors_digest(model.bfloat16().float().state_dict().values()) != digest
+    for name, judged in (("same", digest), ("other", "0" * 64)):
+        run = make_run(tmp_path / name, rewards=[1.0], model="a model", model_digest=judged)
+        shutil.copytree(tiny_model_dir, run / "final")
+    compare([tmp_path / "same", tmp_path / "other"], tmp_path / "report")
+    assert summary(tmp_path / "report")["notes"] == [
+        "the evaluation of other (eval/final) is of other weights than its final model: it judged a model; validate "
+        "with the run's config judges the final one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "run"], "run is named 2 times; name each run once"),
+        (["run", "--output", "run/config.yaml"], "run/config.yaml (File exists); change --output"),
+        (["run", "--output", "/proc/none"], "cannot write into /proc/none"),
+        (["run", "--outptu", "x"], "there is no option '--outptu'; did you mean output?"),
+        ([], "runs"),
+    ],
+)
+def test_a_wrong_option_of_compare_is_told_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, cli: Cli
+) -> None:
+    make_run(tmp_path / "run", rewards=[1.0])
+    placed = [str(tmp_path / part) if part.startswith("run") else part for part in arguments]
+    assert_refused(cli("compare", *placed), message)
 
 
 def test_what_has_no_value_is_a_dash_and_null(tmp_path: Path) -> None:
@@ -145,7 +252,7 @@ def test_the_same_tables_and_the_report_go_to_wandb(tmp_path: Path, monkeypatch:
     }
     headline = dict(zip(tables["headline"]["columns"], tables["headline"]["data"][0], strict=True))
     assert (headline["run"], headline["win_rate"], headline["failed"]) == ("a", 1.0, 1)
-    assert headline["win_rate_low"] == pytest.approx(wilson_interval(1.0, 1).low)
+    assert headline["win_rate_low"] == pytest.approx(win_rate_interval(1, 0, 0).low)
     match = dict(zip(tables["pairwise"]["columns"], tables["pairwise"]["data"][0], strict=True))
     assert (match["row"], match["column"], match["ties"], match["note"]) == ("a", "b", 1, None)
     assert tables["completions"]["columns"][2:6] == ["reference", "reference score", "a", "a score"]

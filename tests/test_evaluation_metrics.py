@@ -5,6 +5,7 @@ import math
 import pytest
 
 from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics, two_digits
+from lightning_modules.functional.statistics import win_rate_interval
 
 
 def pair(reward: float, *, tokens: int = 4, prompt_tokens: int = 0, source: str | None = None) -> Pair:
@@ -43,7 +44,7 @@ def test_win_rates_by_prompt_length_are_those_of_its_quartiles() -> None:
         ("21-30 tokens", 10, 0.5),
         ("31-40 tokens", 10, 0.5),
     ]
-    assert parts[0]["win_rate_ci"][0] == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
+    assert parts[0]["win_rate_ci"] == list(win_rate_interval(10, 0, 0))
 
 
 def test_few_or_equally_long_prompts_make_fewer_parts() -> None:
@@ -75,6 +76,10 @@ def test_win_rates_by_source_begin_with_the_most_frequent_and_name_the_unknown()
 
 
 def test_too_few_prompts_are_said_to_be_too_few_and_enough_are_not() -> None:
+    ties = evaluation_metrics([pair(1.0)] * 15 + [pair(0.0)] * 85)
+    assert ties["win_rate"] == 0.575
+    assert ties["sign_test_p"] < 1e-4
+    assert cannot_tell(ties) == ""
     close = evaluation_metrics([pair(1.0)] * 53 + [pair(-1.0)] * 47)
     assert cannot_tell(close) == "100 prompts cannot tell a win rate of 53.0 % from 50 %; that takes about 2,200"
     even = cannot_tell(evaluation_metrics([pair(1.0), pair(-1.0)]))

@@ -86,7 +86,8 @@ def test_a_wrong_option_of_fit_is_told_in_a_few_lines(arguments: str, message: s
         ("serve-reward", "serve-reward needs either --model DIR or --reward IMPORT.PATH"),
         ("serve-reward --prot 80", "did you mean port?"),
         ("serve-reward --port http", "port must be a whole number, got http"),
-        ("serve-reward --reward os.system", "os.system is nothing that a config may name"),
+        ("serve-reward --reward os.system", "no reward at the import path 'os.system'"),
+        ("serve-reward --port 99999 --reward x.y", "--port must be within 1..65535, got 99999"),
         ("compare nowhere", "nowhere has no config.yaml"),
     ],
 )

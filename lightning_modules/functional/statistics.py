@@ -1,12 +1,16 @@
-"""Statistics of a paired evaluation: win rate, intervals, sign test, and what length has to do with it."""
+"""Statistics of a paired evaluation: outcomes, intervals, the sign test, rank correlation, and how many it takes."""
 
 import math
-from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import optimize, stats
 from torch import Tensor
+
+EXACT_UP_TO = 20_000
+"""Prompts beyond which a normal approximation says as well how many it takes."""
 
 
 class Interval(NamedTuple):
@@ -17,43 +21,51 @@ class Interval(NamedTuple):
 
 
 def outcomes(rewards: Float[Tensor, " pair"], reference_rewards: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    """1 for a win of the policy, 0.5 for a tie, 0 for a loss, NaN where a side has no score."""
+    """1 for a win of the policy, 0.5 for a tie, 0 for a loss, NaN where a side has no score.
+
+    Every comparison of two scores is decided here.
+
+    Raises:
+        ValueError: If the rewards are not in double precision; single precision makes ties of close scores.
+    """
+    if rewards.dtype != torch.float64 or reference_rewards.dtype != torch.float64:
+        raise ValueError(f"scores are compared in float64, got {rewards.dtype} and {reference_rewards.dtype}")
     result = 0.5 + 0.5 * torch.sign(rewards - reference_rewards)
     return torch.where(rewards.isnan() | reference_rewards.isnan(), torch.nan, result)
 
 
-def wilson_interval(successes: float, count: int, *, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion.
+def win_rate_interval(wins: int, ties: int, losses: int, *, confidence: float = 0.95) -> Interval:
+    """Interval of the win rate, ties counted half, from paired outcomes: Tango's score interval.
 
-    Ties may enter ``successes`` as halves. That is conservative: an outcome that may be a tie varies less than a coin
-    does, so the interval is wider than it need be.
+    It inverts the score test of (share of wins) - (share of losses), whose variance knows the ties; without ties it is
+    Wilson's interval. The variance is that of n - 1 pairs, as the interval is a little narrow for few of them. Where
+    :func:`sign_test` does not tell wins from losses the interval reaches to one half, so the two never contradict.
 
     References:
+        Tango 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<891::AID-SIM780>3.0.CO;2-B, section 4
         Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953
     """
-    if count == 0:
-        return Interval(float("nan"), float("nan"))
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = successes / count
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+    count = wins + ties + losses
+    if count < 2:
+        return Interval(0.0, 1.0) if count else Interval(math.nan, math.nan)
+    z = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(count / (count - 1))
 
+    def distance(difference: float, sign: float) -> float:
+        """Positive while the difference is further than z standard errors below (sign 1) or above (-1) the observed."""
+        # The likeliest share of losses where wins minus losses is the given difference.
+        a, b = 2 * count, (2 * count - wins + losses) * difference - wins - losses
+        c = -losses * difference * (1 - difference)
+        loss_share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
+        variance = count * max(0.0, 2 * loss_share + difference * (1 - difference))
+        return float(sign * (wins - losses - count * difference) - z * math.sqrt(variance))
 
-def student_t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t, by the Cornish-Fisher expansion; within 1 % from 4 degrees of freedom on.
-
-    References:
-        Abramowitz and Stegun 1964, 26.7.5
-    """
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / float(degrees) ** power for power, term in enumerate(terms, start=1))
+    observed = (wins - losses) / count
+    off = 1e-9  # where all outcomes are alike, the observed difference itself has no variance
+    low = -1.0 if wins == ties == 0 else optimize.brentq(distance, -1.0, observed - off, args=(1.0,))
+    high = 1.0 if losses == ties == 0 else optimize.brentq(distance, observed + off, 1.0, args=(-1.0,))
+    if sign_test(wins, losses) > 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Interval((1 + low) / 2, (1 + high) / 2)
 
 
 def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -> Interval:
@@ -74,7 +86,7 @@ def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -
     spread = deviations.square().mean().item() ** 0.5
     skewness = deviations.pow(3).mean().item() / spread**3 if spread > 0 else 0.0
     a = skewness / (3 * count**0.5)
-    quantile = student_t_quantile(0.5 + confidence / 2, count - 1)
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, count - 1))
     return Interval(mean - _studentised(quantile, a) * error, mean - _studentised(-quantile, a) * error)
 
 
@@ -92,34 +104,49 @@ def sign_test(wins: int, losses: int) -> float:
     References:
         Dixon and Mood 1946, https://doi.org/10.1080/01621459.1946.10501898
     """
-    count = wins + losses
-    ways = below = 1
-    for i in range(min(wins, losses)):
-        ways = ways * (count - i) // (i + 1)
-        below += ways
-    return min(1.0, float(2 * below / 2**count))
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def prompts_needed(
     win_rate: float, *, tie_share: float = 0.0, power: float = 0.8, confidence: float = 0.95
 ) -> int | None:
-    """How many prompts it takes until Wilson's interval lies on one side of 50 %, with the chance ``power``.
+    """About how many prompts it takes until :func:`win_rate_interval` lies on one side of 50 %, with chance ``power``.
 
     Args:
         win_rate: The true rate, ties counted half; None comes back for 50 % itself and where it is NaN.
-        tie_share: Share of ties, which lower the variance of an outcome below that of a coin.
+        tie_share: Share of ties, which tell nothing.
         power: Chance that so many prompts tell.
         confidence: Of the interval.
 
     References:
-        Fleiss, Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 2.5
+        Fleiss, Levin and Paik 2003, Statistical Methods for Rates and Proportions, section 2.5, for the first guess
     """
     difference = abs(win_rate - 0.5)
     if math.isnan(difference) or difference < 1e-9:
         return None
     deviation = math.sqrt(max(0.0, win_rate * (1 - win_rate) - tie_share / 4))
-    bound = NormalDist().inv_cdf(0.5 + confidence / 2) * 0.5  # the interval reaches 50 % at a coin's deviation
-    return math.ceil(((bound + NormalDist().inv_cdf(power) * deviation) / difference) ** 2)
+    bound = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(1 - tie_share) / 2
+    guess = float(((bound + stats.norm.ppf(power) * deviation) / difference) ** 2)
+    if guess > EXACT_UP_TO:
+        return math.ceil(guess)
+    low, high = int(guess / 2), math.ceil(2 * guess) + 30
+    while low + 1 < high:  # the chance rises with the count, but for ripples that the discreteness makes
+        middle = (low + high) // 2
+        tells = chance_to_tell(middle, win_rate, tie_share=tie_share, confidence=confidence) >= power
+        low, high = (low, middle) if tells else (middle, high)
+    return high
+
+
+def chance_to_tell(count: int, win_rate: float, *, tie_share: float, confidence: float = 0.95) -> float:
+    """Exact chance that the sign test of so many pairs tells, which it does where the interval leaves out 50 %."""
+    spread = 6 * math.sqrt(count * tie_share * (1 - tie_share)) + 1
+    centre = count * (1 - tie_share)
+    decided = np.arange(max(0, math.floor(centre - spread)), min(count, math.ceil(centre + spread)) + 1)
+    wins_share = min(1.0, max(0.0, (win_rate - tie_share / 2) / (1 - tie_share)))
+    few = stats.binom.ppf((1 - confidence) / 2, decided, 0.5)  # the most wins, or losses, that are too few for chance
+    few = few - (2 * stats.binom.cdf(few, decided, 0.5) > 1 - confidence)
+    told = stats.binom.cdf(few, decided, wins_share) + stats.binom.sf(decided - few - 1, decided, wins_share)
+    return float(np.sum(stats.binom.pmf(decided, count, 1 - tie_share) * told))
 
 
 def rank_correlation(first: Float[Tensor, " pair"], second: Float[Tensor, " pair"]) -> float:
@@ -128,47 +155,6 @@ def rank_correlation(first: Float[Tensor, " pair"], second: Float[Tensor, " pair
     References:
         Spearman 1904, https://doi.org/10.2307/1412159
     """
-    ranks = torch.stack([_mean_ranks(first), _mean_ranks(second)])
-    deviations = ranks - ranks.mean(dim=1, keepdim=True)
-    scale = deviations.square().sum(dim=1).prod().sqrt()
-    return (deviations.prod(dim=0).sum() / scale).item() if scale > 0 else float("nan")
-
-
-def _mean_ranks(values: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    _, group, sizes = values.unique(return_inverse=True, return_counts=True)
-    ranks: Tensor = sizes.cumsum(0).double() - (sizes.double() - 1) / 2
-    return ranks.index_select(0, group)
-
-
-def length_controlled_win_rate(
-    outcome: Float[Tensor, " pair"], length_differences: Float[Tensor, " pair"], *, ridge: float = 0.01
-) -> float:
-    """The win rate expected at equal length, from a logistic fit of the outcome on the length difference.
-
-    The fit is logit P(win) = a + b * tanh(difference / standard deviation), and the answer sigmoid(a). A small
-    ridge keeps it finite where the outcomes are separable.
-
-    Args:
-        outcome: 1, 0.5 or 0 for each scored pair.
-        length_differences: Policy tokens minus reference tokens.
-        ridge: Weight of the squared coefficients, in pairs.
-
-    References:
-        Dubois et al. 2024, section 3, https://arxiv.org/abs/2404.04475, without its instruction-difficulty term
-    """
-    if len(outcome) == 0:
-        return float("nan")
-    target, lengths = outcome.double(), length_differences.double()
-    spread = lengths.std(correction=0).clamp(min=1e-9)
-    features = torch.stack([torch.ones_like(lengths), torch.tanh(lengths / spread)], dim=1)
-    weights = torch.zeros(2, dtype=torch.float64)
-    penalty = ridge * torch.eye(2, dtype=torch.float64)
-    for _ in range(100):  # Newton's method; the penalised likelihood is strictly concave
-        probabilities = torch.sigmoid(features @ weights)
-        gradient = features.T @ (target - probabilities) - penalty @ weights
-        curvature = (features * (probabilities * (1 - probabilities)).unsqueeze(1)).T @ features + penalty
-        step = torch.linalg.solve(curvature, gradient)
-        weights = weights + step.clamp(-2.0, 2.0)
-        if step.abs().max() < 1e-10:
-            break
-    return float(torch.sigmoid(weights[0]))
+    if len(first) < 2 or bool((first == first[0]).all()) or bool((second == second[0]).all()):
+        return math.nan
+    return float(stats.spearmanr(first.numpy(), second.numpy()).statistic)

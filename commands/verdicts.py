@@ -1,0 +1,86 @@
+"""Whether they got better, in words: each run against its reference, and the runs against each other."""
+
+from typing import Any
+
+from callbacks.evaluation_metrics import cannot_tell
+from commands.runs import Run, is_number
+from commands.tables import interval, number, percent
+
+
+def verdicts(runs: list[Run], matches: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each evaluated run, and one for each two runs on the same prompts; all follow from intervals.
+
+    Args:
+        runs: As ``read_runs`` gives them.
+        matches: Of ``pairwise``.
+    """
+    alone = [against_reference(run) for run in runs if run.headline]
+    seen: set[frozenset[str]] = set()
+    for match in matches:
+        names = frozenset((match["row"], match["column"]))
+        if names not in seen and "note" not in match:
+            alone.append(against_each_other(match))
+            seen.add(names)
+    return alone
+
+
+def against_reference(run: Run) -> str:
+    """Whether a run's model is better than its reference, and whether it still is at equal length."""
+    metrics = run.headline
+    if not metrics.get("valid", True) or not is_number(metrics["win_rate"]):
+        return f"{run.name}: not known; {metrics['failed']} of {metrics['prompts']} pairs have no score."
+    side = side_of(metrics["win_rate_ci"])
+    if not side:
+        return f"{run.name}: not to be told from the reference; {cannot_tell(metrics)}.{length_told(metrics, side)}"
+    answer = {1: "yes, better than the reference", -1: "no, worse than the reference"}[side]
+    return (
+        f"{run.name}: {answer}; it wins {rate_told(metrics)}.{length_told(metrics, side)}{reward_told(metrics, side)}"
+    )
+
+
+def length_told(metrics: dict[str, Any], side: int) -> str:
+    """What equal length makes of the answer, where the data tell it, and otherwise why they do not."""
+    rate, bounds = metrics.get("length_controlled_win_rate"), metrics.get("length_controlled_win_rate_ci")
+    if not is_number(rate) or bounds is None:
+        note = metrics.get("length_controlled_note")
+        return f" At equal length: not known ({note})." if note else ""
+    told = f"{percent(rate)} {interval(bounds, percent)}"
+    ratio = f"its answers are {number(metrics['length_ratio'])} times as long"
+    at_equal_length = side_of(bounds)
+    if at_equal_length == side:
+        return f" At equal length too: {told}." if side else ""
+    if at_equal_length == 0:
+        return f" But at equal length that is not to be told: {told}; {ratio}."
+    better = "better" if at_equal_length > 0 else "worse"
+    return f" But at equal length it is {better}: {told}; {ratio}."
+
+
+def reward_told(metrics: dict[str, Any], side: int) -> str:
+    """A warning where the mean reward moved the other way than the win rate."""
+    bounds = metrics["reward_improvement_ci"]
+    if not all(map(is_number, bounds)) or side_of(bounds, even=0.0) != -side:
+        return ""
+    improvement = number(metrics["reward_improvement"])
+    return f" But its mean reward differs by {improvement} {interval(bounds, number)}: a few answers weigh heavily."
+
+
+def against_each_other(match: dict[str, Any]) -> str:
+    """Which of two runs is better on the prompts that both answered."""
+    row, column = match["row"], match["column"]
+    side = side_of(match["win_rate_ci"])
+    told = f"{percent(match['win_rate'])} {interval(match['win_rate_ci'], percent)} of {match['prompts']:,} prompts"
+    if not side:
+        return f"{row} and {column} are not to be told apart: {row} wins {told}."
+    return f"{row} is {'better' if side > 0 else 'worse'} than {column}: it wins {told}."
+
+
+def rate_told(metrics: dict[str, Any]) -> str:
+    """The win rate with its interval and of how many pairs it is."""
+    scored = metrics["wins"] + metrics["ties"] + metrics["losses"]
+    return f"{percent(metrics['win_rate'])} {interval(metrics['win_rate_ci'], percent)} of {scored:,} prompts"
+
+
+def side_of(bounds: list[float], *, even: float = 0.5) -> int:
+    """1 where an interval lies above what makes no difference, -1 below, 0 where it holds it."""
+    low, high = bounds
+    return 1 if low > even else -1 if high < even else 0
