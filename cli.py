@@ -29,6 +29,7 @@ options of fit and validate that matter most (any option of a config can stand o
   --evaluation.num_prompts N             prompts judged at epoch end; 0 for none
   --wandb.mode online|offline|disabled   offline where nobody is logged in
   --ckpt_path last                       resume the run in this folder
+  --overwrite true                       start over in a folder that holds a run
   --print_config                         show every option as it would be used, and stop
 
 `python cli.py COMMAND --help` says this; `python cli.py fit --help-all` lists every option.
@@ -37,6 +38,8 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 """
 
 
+INTERRUPTED = 130
+"""128 + SIGINT, which shells take for a command that Ctrl-C ended."""
 MODULES = {
     "fit": "commands.lightning",
     "validate": "commands.lightning",
@@ -66,8 +69,20 @@ def main(arguments: list[str]) -> int:
     if command in ("fit", "validate"):
         rest = [command, *rest]
     sys.argv = [sys.argv[0], *rest]  # what the parsers read, and what DDP starts its other processes with
+    return run(MODULES[command], debug=debug)
+
+
+def run(module: str, *, debug: bool) -> int:
+    """Run a command's module, and turn what it raises into an exit code."""
     try:
-        import_module(MODULES[command]).run()
+        import_module(module).run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning's, before a run is under way
+            return INTERRUPTED
+        raise
     except Exception as error:
         from datamodules.secrets import redact
 

@@ -35,10 +35,10 @@ stage() {
   headline "$name"
   mkdir -p "$folder"
   local code=0
-  "$@" 2>&1 | tee -a "$folder/log.txt" || code=${PIPESTATUS[0]}
-  if [ "$code" = 143 ]; then
-    printf '\nstage %s was asked to end and saved its state; run this again to go on\n' "$name" >&2
-    exit 143
+  "$@" 2>&1 | tee -ia "$folder/log.txt" || code=${PIPESTATUS[0]} # -i: a Ctrl-C is the stage's, whose last words count
+  if [ "$code" = 143 ] || [ "$code" = 130 ]; then
+    printf '\nstage %s was asked to end; run this again to go on from what it saved\n' "$name" >&2
+    exit "$code"
   fi
   if [ "$code" != 0 ] || [ ! -e "$marker" ]; then
     printf '\nstage %s failed; its log is %s\n' "$name" "$folder/log.txt" >&2

@@ -1,23 +1,61 @@
 """ModelCheckpoint that saves at the boundary of an optimiser step alone, as accumulated gradients are in no file."""
 
 import os
+import time
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from datamodules.errors import ConfigurationError
+
+LOGGED_ELSEWHERE = ("train/", "eval/", "lr-")
+"""How metrics begin that no validation of the data logs."""
+
 
 class BoundaryCheckpoint(ModelCheckpoint):
-    """Saves only between optimiser steps, and validates there too, so the weights judged are the weights saved."""
+    """Saves only between optimiser steps, and validates there too, so the weights judged are the weights saved.
+
+    Args:
+        last_every_minutes: Save ``last.ckpt`` at least so often, whatever else is saved, so that a crash costs no
+            more; null for only when the other options say so.
+        options: Of Lightning's ModelCheckpoint.
+    """
 
     _due = False
     """Whether a validation ended within a window of accumulation, so its save waits for the window's end."""
 
+    def __init__(self, *args: Any, last_every_minutes: float | None = 30.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if last_every_minutes is not None and last_every_minutes <= 0:
+            raise ConfigurationError(f"checkpoint.last_every_minutes must be positive, got {last_every_minutes}")
+        self.last_every_minutes = last_every_minutes
+        self._saved_at = time.monotonic()
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The validation has just shown all that it logs."""
+        known = sorted(trainer.callback_metrics)
+        for name, monitor in monitors(trainer):
+            if monitor not in known and not monitor.startswith(LOGGED_ELSEWHERE):
+                near = get_close_matches(monitor, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it logs {', '.join(known)}"
+                raise ConfigurationError(f"{name} monitors {monitor}, which no validation logs; {hint}")
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        for name, monitor in monitors(trainer):
+            if monitor.startswith("val/") and not trainer.enable_validation:
+                raise ConfigurationError(
+                    f"{name} monitors {monitor}, but there is no validation; set checkpoint.monitor to null, or raise "
+                    "trainer.limit_val_batches"
+                )
+        self._saved_at = time.monotonic()
         window, interval = trainer.accumulate_grad_batches, trainer.val_check_batch
         if interval is not None and window <= interval < trainer.num_training_batches:
             trainer.val_check_batch = interval // window * window
@@ -37,6 +75,29 @@ class BoundaryCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due:
             self.on_validation_end(trainer, pl_module)
+        if self._late(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")
+            self._saved_at = time.monotonic()
+
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = time.monotonic()
+
+    def _late(self, trainer: Trainer) -> bool:
+        """Whether the last save is too long ago, by the first process's clock."""
+        if self.last_every_minutes is None:
+            return False
+        late = time.monotonic() - self._saved_at >= 60 * self.last_every_minutes
+        if trainer.world_size == 1:
+            return late
+        flag = torch.tensor(float(late and trainer.is_global_zero), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(flag, reduce_op="max"))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # in which ModelCheckpoint saves nothing but here
+            super().on_train_end(trainer, pl_module)
 
     @staticmethod
     @override
@@ -48,6 +109,13 @@ class BoundaryCheckpoint(ModelCheckpoint):
             os.symlink(os.path.relpath(filepath, Path(linkpath).parent), partial)
             os.replace(partial, linkpath)
         trainer.strategy.barrier()
+
+
+def monitors(trainer: Trainer) -> list[tuple[str, str]]:
+    """Each callback that monitors a metric, and which one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    watching = [callback for callback in callbacks if isinstance(getattr(callback, "monitor", None), str)]
+    return [(type(callback).__name__, callback.monitor) for callback in watching]
 
 
 def at_step_boundary(trainer: Trainer) -> bool:

@@ -36,6 +36,8 @@ tags: [{method}, pytorch-lightning]
 The chat template is part of the tokenizer; an assistant turn ends with `{end_token}`.
 """
 
+TAKEN = {"", "..", "cache", "checkpoints", "eval", "wandb"}
+"""Names in a run's folder, or that lead out of it, which an export must not replace."""
 METHOD_NAMES = {
     "sft": "supervised fine-tuning",
     "reward": "a Bradley-Terry reward model's loss",
@@ -55,8 +57,8 @@ class HuggingFaceExport(Callback):
     """
 
     def __init__(self, directory: str = "final") -> None:
-        if Path(directory).name != directory:
-            raise ConfigurationError(f"export.directory must be a name within the run's folder, got {directory!r}")
+        if Path(directory).name != directory or directory in TAKEN:
+            raise ConfigurationError(f"export.directory must be a new name within the run's folder, got {directory!r}")
         self.directory = directory
 
     @override

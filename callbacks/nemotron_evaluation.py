@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -19,6 +19,7 @@ from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
 from callbacks.evaluation_monitors import Monitors
 from callbacks.evaluation_report import calls_told, log_pairs, logged_names, logged_numbers, report
 from callbacks.evaluation_scores import Scorer
+from callbacks.last_validation import batches_left, ends_here, ends_later_in_epoch
 from callbacks.ranks import Ranks
 from datamodules.chat import Message, load_tokenizer
 from datamodules.errors import ConfigurationError
@@ -103,6 +104,7 @@ class NemotronEvaluation(Callback):
         self.check_judge = check_judge
         self._prompts: list[Prompt] = []
         self._memory = ScoreMemory()
+        self._evaluated_step = -1
         self._monitors = Monitors(logged_names())
         self._ranks: Ranks[Any] = Ranks(SLACK_S)
 
@@ -145,6 +147,33 @@ class NemotronEvaluation(Callback):
         self._monitors.release()
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._evaluates(pl_module) and not trainer.enable_validation:
+            rank_zero_warn(
+                "this run evaluates nothing, as there is no validation (trainer.limit_val_batches is 0, or no rows are "
+                "held out); validate judges the final model afterwards"
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have Lightning validate where the run ends, also within an epoch, where it would end without."""
+        if self._evaluates(pl_module) and ends_here(trainer):
+            trainer.should_stop = True
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate a run that ended without a validation: where none was due, or its last had early stopping end it."""
+        evaluates = self._evaluates(pl_module) and trainer.enable_validation and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if evaluates and self._evaluated_step != trainer.global_step:
+            assert isinstance(pl_module, FineTuningModule)
+            folder = self._folder(trainer, epoch=trainer.current_epoch - 1)  # the next one is counted already
+            numbers = logged_numbers(self.evaluate(trainer, pl_module, folder))
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._monitors.evaluated = False
 
@@ -156,7 +185,7 @@ class NemotronEvaluation(Callback):
         self._monitors.evaluated = False
         numbers: dict[str, float] = {}
         if self._is_due(trainer):
-            metrics = self.evaluate(trainer, pl_module, self._folder(trainer))
+            metrics = self.evaluate(trainer, pl_module, self._folder(trainer, epoch=trainer.current_epoch))
             self._monitors.evaluated = metrics["valid"]
             numbers = logged_numbers(metrics)
             for name, value in numbers.items():
@@ -166,6 +195,7 @@ class NemotronEvaluation(Callback):
 
     def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> dict[str, Any]:
         """Complete, score, and write ``metrics.json`` and ``pairs.jsonl``; the same metrics on every rank."""
+        self._evaluated_step = trainer.global_step
         shares = self._ranks.gather(lambda: self._share(trainer, module))
         by_number = {number: pair for share in shares for number, pair in share.pairs.items()}
         pairs = [by_number[number] for number in sorted(by_number)]
@@ -244,16 +274,15 @@ class NemotronEvaluation(Callback):
         return self.num_prompts > 0 and isinstance(module, FineTuningModule) and module.can_generate
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether this is a validation on its own, or the last of an epoch that is to be evaluated."""
-        if trainer.state.fn != "fit":
+        """Whether this is a validation on its own, the last of the run, or of an epoch that is to be evaluated."""
+        if trainer.state.fn != "fit" or ends_here(trainer):
             return True
-        left = trainer.num_training_batches - trainer.fit_loop.batch_idx - 1
-        later_check = left >= (trainer.val_check_batch or 1)
+        later_check = batches_left(trainer) >= (trainer.val_check_batch or 1) or ends_later_in_epoch(trainer)
         return not later_check and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
-    def _folder(self, trainer: Trainer) -> Path:
+    def _folder(self, trainer: Trainer, *, epoch: int) -> Path:
         """``eval/epoch=N`` of a fit, ``eval/final`` of a model, ``eval/<name>`` of a checkpoint."""
-        name = f"epoch={trainer.current_epoch}" if trainer.state.fn == "fit" else "final"
+        name = f"epoch={epoch}" if trainer.state.fn == "fit" else "final"
         if trainer.state.fn != "fit" and trainer.ckpt_path is not None:
             name = Path(trainer.ckpt_path).stem
         return Path(trainer.default_root_dir) / "eval" / name

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGUSR1: save at a step boundary, end with exit code 143, resume with ``--ckpt_path last``."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: save at a step boundary, end with 143 or 130, resume with ``--ckpt_path last``."""
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -18,10 +19,12 @@ from callbacks.boundary_checkpoint import at_step_boundary
 
 EXIT_CODE = 143
 """128 + SIGTERM, which schedulers take for a job that was asked to end."""
+INTERRUPTED = 130
+"""128 + SIGINT, which shells take for a command that Ctrl-C ended."""
 
 
 class Preempted(SystemExit):
-    """Ends the process as one that SIGTERM ended."""
+    """Ends the process as one that a signal ended."""
 
 
 class Signals(_SignalConnector):
@@ -30,21 +33,31 @@ class Signals(_SignalConnector):
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.received = 0
+        self.at_once = False
+        """Whether the user would not wait for the save."""
 
     @override
     def register_signal_handlers(self) -> None:
-        handled = {signal.SIGTERM, signal.SIGUSR1, requeue_signal(self.trainer) or signal.SIGTERM}
+        handled = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, requeue_signal(self.trainer) or signal.SIGTERM}
         self._original_handlers = {signum: signal.getsignal(signum) for signum in handled}
         for signum in handled:
             self._register_signal(signum, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        """In a fit of several processes, and in every training step, only note it; else end there and then."""
+        """In a fit of several processes, and in every training step, only note it; else end there and then.
+
+        A second Ctrl-C ends in any case, and nothing is saved.
+        """
         first = not self.received
         self.received = signum
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        if first and (not fits or (self.trainer.world_size == 1 and not self.trainer.training)):
-            raise Preempted(EXIT_CODE)
+        self.at_once = not first and signum == signal.SIGINT
+        ends = self.at_once or (first and (not fits or (self.trainer.world_size == 1 and not self.trainer.training)))
+        if signum == signal.SIGINT and self.trainer.is_global_zero:
+            told = "interrupted" if ends else "interrupted: saving after this step; Ctrl-C again ends at once, without"
+            os.write(2, f"\n{told}\n".encode())  # a print may be under way in what is interrupted
+        if ends:
+            raise Preempted(exit_code(signum))
 
 
 class Preemption(Callback):
@@ -65,8 +78,8 @@ class Preemption(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if asked(trainer):
-            raise leave(trainer)
+        if signum := asked(trainer):
+            raise leave(trainer, signum)
 
     @override
     def on_train_batch_end(
@@ -77,20 +90,21 @@ class Preemption(Callback):
             if signum:
                 log_step(trainer)
                 self._save(trainer, signum)
-                raise leave(trainer)
+                raise leave(trainer, signum)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and asked(trainer):
-            raise leave(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and (signum := asked(trainer)):
+            raise leave(trainer, signum)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where a validation within a fit was left."""
         in_fit = trainer.state.fn == TrainerFn.FITTING and trainer.validating
-        if isinstance(exception, Preempted) and in_fit and at_step_boundary(trainer):
+        signals: Any = trainer._signal_connector
+        if isinstance(exception, Preempted) and in_fit and at_step_boundary(trainer) and not signals.at_once:
             self._in_validation = True
-            self._save(trainer, trainer._signal_connector.received)  # type: ignore[attr-defined]
+            self._save(trainer, signals.received)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -108,7 +122,8 @@ class Preemption(Callback):
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
         path = Path(directory or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
         trainer.save_checkpoint(path)
-        rank_zero_info(f"asked to end: saved {path} at step {trainer.global_step}; go on with --ckpt_path last")
+        why = "interrupted" if signum == signal.SIGINT else "asked to end"
+        rank_zero_info(f"{why}: saved {path} at step {trainer.global_step}; go on with --ckpt_path last")
 
 
 def asked(trainer: Trainer) -> int:
@@ -126,11 +141,16 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
-def leave(trainer: Trainer) -> Preempted:
+def exit_code(signum: int) -> int:
+    """What a process that a signal ended exits with."""
+    return INTERRUPTED if signum == signal.SIGINT else EXIT_CODE
+
+
+def leave(trainer: Trainer, signum: int) -> Preempted:
     """The exit; a process that Lightning launched leaves the code to its parent, which it would kill otherwise."""
     environment = trainer._accelerator_connector.cluster_environment
     launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
-    return Preempted(0 if launched else EXIT_CODE)
+    return Preempted(0 if launched else exit_code(signum))
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -17,6 +17,7 @@ import transformers
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
@@ -34,6 +35,7 @@ from callbacks.tracking import WandbTracking, run_name
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
+from commands.run_folder import RunFolder, StartOver, judge_final
 from datamodules.base import ChatDataModule
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
@@ -56,13 +58,14 @@ class SaveConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         kept = (Path(trainer.default_root_dir) / "config.yaml").exists()
-        if stage == "fit" or not trainer.strategy.broadcast(kept):
+        if not trainer.fast_dev_run and (stage == "fit" or not trainer.strategy.broadcast(kept)):
             super().setup(trainer, pl_module, stage)
 
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        text = json.dumps(environment(trainer), indent=2)
-        write_whole(Path(trainer.default_root_dir) / "environment.json", text + "\n")
+        folder = Path(trainer.default_root_dir)  # and not a logger's, as which loggers there are is the user's affair
+        write_whole(folder / "config.yaml", self.parser.dump(self.config, skip_none=False))
+        write_whole(folder / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
 
@@ -82,6 +85,9 @@ class SuiteCLI(LightningCLI):
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(NemotronEvaluation, "evaluation")
         parser.add_class_arguments(WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False)
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Start over in a folder that holds a run; what it made goes."
+        )
         parser.link_arguments("model.init_args.model_name", "data.init_args.model_name")
         parser.set_defaults(
             {
@@ -119,12 +125,32 @@ class SuiteCLI(LightningCLI):
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
-        self.ckpt_path = resolve_checkpoint(config.ckpt_path, Path(root), Path(config.checkpoint.dirpath))
+        folder = RunFolder(Path(root), Path(config.checkpoint.dirpath), Path(root) / config.export.directory)
+        self.ckpt_path = resolve_checkpoint(config.ckpt_path, folder.root, folder.checkpoints)
+        self.starts_over = folder if config.overwrite else None
+        config.overwrite = False  # config.yaml must not say so to whoever uses it again
+        if self.subcommand == "validate":
+            judge_final(config, folder, sys.argv[1:])
+        elif not config.trainer.fast_dev_run:
+            resumes = config.ckpt_path is not None
+            folder.check_free(self.ckpt_path, resumes=resumes, overwrite=self.starts_over is not None)
         self.options = run_options(config.as_dict())
         if self.subcommand == "fit" and self.ckpt_path is not None:
             if checkpoints(self.ckpt_path) != [self.ckpt_path]:
                 raise ConfigurationError(f"fit goes on from one checkpoint; {self.ckpt_path} names several: pick one")
             check_same_run(plain_values(Path(self.ckpt_path), KEY), self.options, self.ckpt_path)
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse wraps what a class raises
+            missing = next((cause for cause in causes(error) if isinstance(cause, ImportError)), None)
+            if missing is None:
+                raise
+            raise ConfigurationError(
+                f"{' '.join(str(missing).split())} (a logger or callback of the config needs it)"
+            ) from error
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -140,13 +166,10 @@ class SuiteCLI(LightningCLI):
             raise ConfigurationError(
                 f"cannot make {root} ({error.strerror}); change trainer.default_root_dir"
             ) from error
-        if config.trainer.logger is None or config.trainer.logger is True:
-            dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
-            name = run_name(self.model.method, self.model.model_name, dataset_name)
-            wandb = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
-            file_name = "metrics.jsonl" if self.subcommand == "fit" else "validation.jsonl"
-            kwargs["logger"] = [MetricsFile(root, file_name), wandb]
+        kwargs["logger"] = self._loggers()
         own: list[Callback] = [Preemption(), RunOptions(self.options)]
+        if self.subcommand == "fit" and self.starts_over is not None:
+            own.append(StartOver(self.starts_over))
         if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:
             own.append(LineProgress())
         self.trainer_defaults["callbacks"] = own
@@ -160,6 +183,18 @@ class SuiteCLI(LightningCLI):
             near = did_you_mean(str(config.trainer.strategy), StrategyRegistry.available_strategies())
             near = near if "strategy" in str(error) else ""
             raise ConfigurationError(f"{error}; change the trainer's options{near}") from error
+
+    def _loggers(self) -> list[Logger]:
+        """The run's own record, and W&B where no other loggers are asked for."""
+        config = self.config[self.subcommand]
+        root = config.trainer.default_root_dir
+        record = MetricsFile(root, "metrics.jsonl" if self.subcommand == "fit" else "validation.jsonl")
+        asked = self._get(self.config_init, "trainer").logger
+        if asked is None or asked is True:
+            dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
+            name = run_name(self.model.method, self.model.model_name, dataset_name)
+            asked = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
+        return [record, *(asked if isinstance(asked, list) else [asked] if asked else [])]
 
     def before_fit(self) -> None:
         self.model.check_options(self.datamodule)
@@ -182,11 +217,19 @@ class SuiteCLI(LightningCLI):
                 f"{len(paths)} checkpoints would share eval/{doubled[0]}; name them one by one, each with a "
                 "--trainer.default_root_dir of its own"
             )
+        reference = self.config_init[self.subcommand].evaluation.reference_model
         for path in paths or [ckpt_path]:
-            if path is not None:
-                rank_zero_info(f"under {path}:")
+            under = "" if path is None else f" under {path}"
+            rank_zero_info(f"judging {model.model_name}{under}" + (f" against {reference}" if reference else ""))
             with fitting_checkpoint(model, path):
                 self.trainer.validate(model, ckpt_path=path, **options)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what caused it, what caused that."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class NoRows(IterableDataset[Any]):
@@ -237,6 +280,6 @@ def run() -> None:
         parser_class=Parser,
         parser_kwargs={"allow_abbrev": False},
         save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"save_to_log_dir": False},
         auto_configure_optimizers=False,
     )

@@ -94,6 +94,7 @@ def config(tmp_path: Path, tiny_model_dir: Path, data: Path) -> Any:
         if method == "RLOOModule":
             options |= {"reward": "lightning_modules.rewards.rules.brevity", "max_completion_length": 5}
         content: dict[str, Any] = {
+            "export": {},
             "trainer": {
                 "default_root_dir": str(tmp_path / "run"),
                 "accelerator": "cpu",

@@ -198,15 +198,16 @@ def distinct(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("small_files_only")
-def test_a_fit_on_a_full_disk_ends_with_a_line_and_the_last_checkpoint(config: Any, tmp_path: Path, cli: Cli) -> None:
-    folder = tmp_path / "run" / "checkpoints"
-    write_checkpoint({"state_dict": {"w": torch.ones(10)}}, folder / "last.ckpt")
-    before = (folder / "last.ckpt").read_bytes()
-    assert_refused(cli("fit", "--config", config("SFTModule", evaluation={"num_prompts": 0})), "File too large")
-    assert (folder / "last.ckpt").read_bytes() == before
-    assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
-    assert not (tmp_path / "run" / "final").exists()
+def test_a_fit_on_a_full_disk_ends_with_a_line_and_the_last_checkpoint(
+    config: Any, tmp_path: Path, cli: Cli, request: pytest.FixtureRequest
+) -> None:
+    path, folder = config("SFTModule", evaluation={"num_prompts": 0}), tmp_path / "run" / "checkpoints"
+    assert cli("fit", "--config", path).returncode == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    request.getfixturevalue("small_files_only")
+    result = cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert_refused(result, "File too large")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: saved at a step boundary, exit code 143, resumed where it ended."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: saved at a step boundary, exit code 143 or 130, resumed where it ended."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoint_io import WholeCheckpointIO
 from callbacks.preemption import Preempted, Preemption
+from datamodules.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
 SLOW = pytest.mark.slow
@@ -58,13 +59,15 @@ def child_of(pid: int) -> int:
     ("ranks", "signalled", "signum"),
     [
         (1, 0, signal.SIGTERM),
+        (1, 0, signal.SIGINT),
         pytest.param(1, 0, signal.SIGUSR1, marks=SLOW),
         pytest.param(2, 0, signal.SIGTERM, marks=SLOW),
         pytest.param(2, 1, signal.SIGTERM, marks=SLOW),
         pytest.param(2, 1, signal.SIGUSR1, marks=SLOW),
+        pytest.param(2, 1, signal.SIGINT, marks=SLOW),
     ],
 )
-def test_a_signal_to_any_rank_saves_and_ends_with_143(
+def test_a_signal_to_any_rank_saves_and_ends_with_its_code(
     ranks: int, signalled: int, signum: signal.Signals, config: Any, tmp_path: Path
 ) -> None:
     """Accumulating over two batches: the step saved is a whole one, and every step is logged once in the two runs."""
@@ -77,9 +80,10 @@ def test_a_signal_to_any_rank_saves_and_ends_with_143(
     os.kill(process.pid if signalled == 0 else child_of(process.pid), signum)
     asked = time.monotonic()
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, output[-3000:]
+    assert process.returncode == (130 if signum == signal.SIGINT else 143), output[-3000:]
     assert time.monotonic() - asked < 20  # 10 s where nothing else keeps the cores busy
-    assert "asked to end: saved" in output
+    assert ("interrupted: saved" if signum == signal.SIGINT else "asked to end: saved") in output
+    assert "go on with --ckpt_path last" in output
     assert "Traceback" not in output
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
@@ -95,18 +99,20 @@ def test_a_signal_to_any_rank_saves_and_ends_with_143(
 
 
 class Recorder(LightningModule):
-    """Writes down which batches it trains on and when it validates, and may send itself a signal there."""
+    """Writes down which batches it trains on and when it validates, and may send itself signals there."""
 
-    def __init__(self, ask_at: tuple[str, int, int] | None = None) -> None:
+    def __init__(self, ask_at: tuple[str, int, int] | None = None, *signals: signal.Signals) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
         self.ask_at = ask_at
+        self.signals = signals or (signal.SIGTERM,)
         self.events: list[tuple[str, int, int]] = []
 
     def _record(self, kind: str, batch_idx: int) -> None:
         event = (kind, self.trainer.global_step, batch_idx)
         if event == self.ask_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for signum in self.signals:
+                os.kill(os.getpid(), signum)
         self.events.append(event)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -121,14 +127,14 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: Recorder, directory: Path, ckpt_path: str | None = None) -> None:
+def fit(module: Recorder, directory: Path, ckpt_path: str | None = None, **saving: Any) -> None:
     rows = torch.utils.data.TensorDataset(torch.ones(8, 1))
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
         accumulate_grad_batches=2,
         val_check_interval=5,  # within a window: it is moved to its start
-        callbacks=[Preemption(), BoundaryCheckpoint(directory, monitor=None, save_top_k=0)],
+        callbacks=[Preemption(), BoundaryCheckpoint(directory, monitor=None, save_top_k=0, **saving)],
         plugins=[WholeCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
@@ -151,6 +157,44 @@ def test_a_signal_in_a_step_ends_at_that_step_s_boundary(step: int, tmp_path: Pa
     assert first.events[-1] == ("train", step - 1, (2 * step - 1) % 8)
     fit(second, tmp_path / "run", str(tmp_path / "run" / "last.ckpt"))
     assert first.events + second.events == whole.events
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_ctrl_c_saves_at_the_step_s_boundary_and_a_second_ends_at_once(times: int, tmp_path: Path) -> None:
+    """Asked in the first batch of a window of two: once, both are taken and saved; twice, neither, and nothing is."""
+    module = Recorder(("train", 2, 4), *[signal.SIGINT] * times)
+    with pytest.raises(Preempted) as exit_:
+        fit(module, tmp_path)
+    assert exit_.value.code == 130
+    assert module.events[-1] == (("train", 2, 5) if times == 1 else ("validate", 2, 7))
+    assert (tmp_path / "last.ckpt").is_file() == (times == 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0005, 8), (10.0, 0), (None, 0)])
+def test_last_ckpt_is_saved_by_the_clock_at_step_boundaries(
+    minutes: float | None, saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes longer than 30 ms here, so each is due; the file goes on where it says."""
+    found: list[tuple[int, int]] = []
+    save = WholeCheckpointIO.save_checkpoint
+
+    def watched(self: Any, checkpoint: dict[str, Any], path: Any, **options: Any) -> None:
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        found.append((checkpoint["global_step"], progress["ready"]))
+        save(self, checkpoint, path, **options)
+
+    class Slow(Recorder):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            time.sleep(0.02)
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", watched)
+    fit(Slow(), tmp_path, last_every_minutes=minutes)
+    assert found == [(step, (2 * step - 1) % 8 + 1) for step in range(1, 9)][:saves]
+    with pytest.raises(ConfigurationError, match=r"checkpoint.last_every_minutes must be positive, got 0"):
+        BoundaryCheckpoint(tmp_path, last_every_minutes=0.0)
 
 
 @pytest.mark.filterwarnings("ignore")

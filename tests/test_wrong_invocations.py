@@ -48,7 +48,7 @@ WRONG = [
     ("--checkpoint.mode lowest", "`mode` can be min, max but got lowest"),
     ("--checkpoint.monitr x", "did you mean checkpoint.monitor?"),
     ("--export.dir x", "did you mean export.directory?"),
-    ("--export.directory a/b", "export.directory must be a name within the run's folder, got 'a/b'"),
+    ("--export.directory a/b", "export.directory must be a new name within the run's folder, got 'a/b'"),
     ("--ckpt_path nowhere.ckpt", "--ckpt_path nowhere.ckpt does not exist"),
     ("--ckpt_path best", "--ckpt_path best: name the checkpoint itself"),
     ("--ckpt_path README.md", "it is truncated, or no checkpoint"),
