@@ -57,8 +57,6 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f"*.ckpt{PARTIAL}"):
-            stale.unlink()
         with partial.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()

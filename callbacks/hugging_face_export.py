@@ -4,46 +4,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from callbacks.tracking import short_name
+from callbacks.model_card import LINEAGE, lineage, model_card
 from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 
-CARD = """---
-base_model: {base_model}
-library_name: transformers
-pipeline_tag: {pipeline_tag}
-tags: [{method}, pytorch-lightning]
----
-
-# {title}
-
-{base_model} fine-tuned with {method_name} on {dataset}.
-
-| | |
-|---|---|
-| optimiser steps | {steps} |
-| epochs | {epochs} |
-| learning rate | {learning_rate} |
-| batch size per process | {batch_size} |
-| processes | {world_size} |
-| longest sequence (tokens) | {max_length} |
-{metrics}
-The chat template is part of the tokenizer; an assistant turn ends with `{end_token}`.
-"""
-
 TAKEN = {"", "..", "cache", "checkpoints", "eval", "wandb"}
 """Names in a run's folder, or that lead out of it, which an export must not replace."""
-METHOD_NAMES = {
-    "sft": "supervised fine-tuning",
-    "reward": "a Bradley-Terry reward model's loss",
-    "dpo": "direct preference optimisation",
-    "rloo": "REINFORCE leave-one-out",
-}
 
 
 class HuggingFaceExport(Callback):
@@ -74,7 +46,9 @@ class HuggingFaceExport(Callback):
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             export(pl_module, partial)
-            (partial / "README.md").write_text(model_card(trainer, pl_module), encoding="utf-8")
+            history = lineage(trainer, pl_module)
+            (partial / LINEAGE).write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
+            (partial / "README.md").write_text(model_card(trainer, pl_module, history), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             rank_zero_info(f"exported the model to {target}")
@@ -93,29 +67,3 @@ def export(module: FineTuningModule, directory: Path) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def model_card(trainer: Trainer, module: FineTuningModule) -> str:
-    """What was trained, on what and how, with the validation metrics of the last epoch."""
-    data: Any = getattr(trainer, "datamodule", None)
-    metrics = {
-        name: value.item()
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(("val/", "eval/")) and value.numel() == 1
-    }
-    return CARD.format(
-        base_model=module.model_name,
-        pipeline_tag="text-generation" if module.can_generate else "text-classification",
-        method=module.method,
-        title=f"{short_name(module.model_name)} {module.method.upper()}",
-        method_name=METHOD_NAMES[module.method],
-        dataset=getattr(data, "dataset_name", "an unnamed dataset"),
-        steps=trainer.global_step,
-        epochs=trainer.current_epoch,
-        learning_rate=module.learning_rate,
-        batch_size=getattr(data, "batch_size", "unknown"),
-        world_size=trainer.world_size,
-        max_length=module.longest_sequence(data),
-        metrics="".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items())),
-        end_token=module.tokenizer.convert_ids_to_tokens(module.stop_token_ids()[0]),
-    )

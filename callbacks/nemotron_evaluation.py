@@ -104,7 +104,7 @@ class NemotronEvaluation(Callback):
         self.check_judge = check_judge
         self._prompts: list[Prompt] = []
         self._memory = ScoreMemory()
-        self._evaluated_step = -1
+        self._last: tuple[int, dict[str, Any]] | None = None  # the step and the metrics of the last evaluation
         self._monitors = Monitors(logged_names())
         self._ranks: Ranks[Any] = Ranks(SLACK_S)
 
@@ -166,7 +166,7 @@ class NemotronEvaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate a run that ended without a validation: where none was due, or its last had early stopping end it."""
         evaluates = self._evaluates(pl_module) and trainer.enable_validation and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if evaluates and self._evaluated_step != trainer.global_step:
+        if evaluates and self.metrics_at(trainer.global_step) is None:
             assert isinstance(pl_module, FineTuningModule)
             folder = self._folder(trainer, epoch=trainer.current_epoch - 1)  # the next one is counted already
             numbers = logged_numbers(self.evaluate(trainer, pl_module, folder))
@@ -195,7 +195,6 @@ class NemotronEvaluation(Callback):
 
     def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> dict[str, Any]:
         """Complete, score, and write ``metrics.json`` and ``pairs.jsonl``; the same metrics on every rank."""
-        self._evaluated_step = trainer.global_step
         shares = self._ranks.gather(lambda: self._share(trainer, module))
         by_number = {number: pair for share in shares for number, pair in share.pairs.items()}
         pairs = [by_number[number] for number in sorted(by_number)]
@@ -217,7 +216,12 @@ class NemotronEvaluation(Callback):
                 log_pairs(trainer.loggers, pairs)
 
         self._ranks.gather(tell)
+        self._last = trainer.global_step, metrics
         return metrics
+
+    def metrics_at(self, step: int) -> dict[str, Any] | None:
+        """The metrics of the last evaluation, if it was of the model after so many steps."""
+        return self._last[1] if self._last is not None and self._last[0] == step else None
 
     def _share(self, trainer: Trainer, module: FineTuningModule) -> "EvaluationShare":
         """This process's pairs."""

@@ -33,6 +33,9 @@ class FineTuningModule(LightningModule):
     """
 
     method: ClassVar[str]
+    """Its short name, in run names and metrics of the tracking."""
+    method_name: ClassVar[str] = ""
+    """How it is called in full, for the model card; the short name in capitals where not given."""
     task: ClassVar[Task]
     """What a batch must hold."""
     can_generate: ClassVar[bool] = True

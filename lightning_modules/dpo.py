@@ -53,6 +53,7 @@ class DPOModule(FineTuningModule):
     """
 
     method = "dpo"
+    method_name = "direct preference optimisation"
     task = "preferences"
 
     def __init__(

@@ -16,6 +16,7 @@ class RewardModule(FineTuningModule):
     """Trains on preference pairs; the head starts at zero and is read at the last token of the conversation."""
 
     method = "reward"
+    method_name = "a Bradley-Terry reward model's loss"
     task = "preferences"
     can_generate = False
 

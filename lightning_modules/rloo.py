@@ -29,7 +29,7 @@ from lightning_modules.generation import Samples, sample_completions
 from lightning_modules.loading import load_reference, without_dropout
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.base import checked_scores
-from lightning_modules.rewards.preflight import preflight
+from lightning_modules.rewards.preflight import preflight, remote_parts
 
 ROWS_LOGGED = 8
 
@@ -61,6 +61,7 @@ class RLOOModule(FineTuningModule):
     """
 
     method = "rloo"
+    method_name = "REINFORCE leave-one-out"
     task = "prompts"
 
     def __init__(
@@ -106,6 +107,9 @@ class RLOOModule(FineTuningModule):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        for source in remote_parts(self.reward):
+            trainer = self.trainer
+            source.share_budget(processes=trainer.world_size, rank=trainer.global_rank, machines=trainer.num_nodes)
         preflight(self.reward, [{"role": "user", "content": "Hello"}], option="model.reward")
 
     @override

@@ -14,6 +14,7 @@ class SFTModule(FineTuningModule):
     """Trains on conversations; the loss is the mean over the supervised tokens of the whole optimiser step."""
 
     method = "sft"
+    method_name = "supervised fine-tuning"
     task = "conversations"
 
     @override

@@ -68,8 +68,15 @@ def test_a_kill_while_writing_leaves_the_old_file_or_the_new_one(kills: int, tmp
     written, interrupted = map(int, result.stdout.split())
     assert written > kills // 4
     assert interrupted > kills // 4
-    write_checkpoint(CHECKPOINT, tmp_path / "run" / "other.ckpt")
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"last.ckpt", "other.ckpt"}
+    write_checkpoint(CHECKPOINT, tmp_path / "run" / "last.ckpt")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["last.ckpt"]
+
+
+def test_what_another_run_is_writing_in_the_same_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "other.ckpt.partial").write_bytes(b"half")
+    (tmp_path / "last.ckpt.partial").write_bytes(b"left by a kill")
+    write_checkpoint(CHECKPOINT, tmp_path / "last.ckpt")
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "other.ckpt.partial"}
 
 
 @pytest.fixture

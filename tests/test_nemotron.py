@@ -15,10 +15,12 @@ import pytest
 import requests
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
-from lightning_modules.rewards import NemotronReward, asking, nemotron, rate_limit
+from lightning_modules import RLOOModule
+from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit
 from lightning_modules.rewards.asking import retry_after_s
 from lightning_modules.rewards.http import ALTERNATIVES
 from lightning_modules.rewards.nemotron import folded_system, parse_score
@@ -83,7 +85,11 @@ def test_a_slash_after_the_url_changes_nothing(server: RewardServer) -> None:
     assert server.asked[0].path == "/v1/chat/completions"
 
 
-def test_a_system_turn_travels_at_the_head_of_the_first_user_turn(server: RewardServer) -> None:
+def test_the_hosted_api_gets_a_system_turn_at_the_head_of_the_first_user_turn(
+    server: RewardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nemotron, "HOSTED_URL", server.url)
+    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
     prompt = [{"role": "system", "content": "Be brief."}, *PROMPT, {"role": "assistant", "content": "Yes?"}, PROMPT[0]]
     client(server)([prompt], ["Hello."])
     assert server.asked[0].body["messages"] == [
@@ -94,6 +100,21 @@ def test_a_system_turn_travels_at_the_head_of_the_first_user_turn(server: Reward
     ]
     assert prompt[0] == {"role": "system", "content": "Be brief."}
     assert prompt[1] == {"role": "user", "content": "Hi"}
+
+
+def test_a_server_of_one_s_own_gets_a_system_turn_as_it_is(server: RewardServer) -> None:
+    """As the same model would read it within the process."""
+    prompt = [{"role": "system", "content": "Be brief."}, *PROMPT]
+    client(server)([prompt], ["Hello."])
+    assert server.asked[0].body["messages"] == [*prompt, {"role": "assistant", "content": "Hello."}]
+
+
+def test_a_reply_too_large_to_be_a_score_is_told_as_that_and_not_asked_for_again(server: RewardServer) -> None:
+    server.respond = lambda asked: text_reply("reward:1.0" + " " * 1_100_000)
+    reward = client(server)
+    assert math.isnan(score_one(reward))
+    assert reward.last_error == f"{server.url} sends a reply of more than 1,000,000 bytes, which is no score"
+    assert reward.calls == {"requests": 1, "too large": 1}
 
 
 def test_a_prompt_without_a_system_turn_is_folded_to_itself() -> None:
@@ -664,6 +685,21 @@ def test_processes_share_the_calls_and_machines_the_rate(server: RewardServer) -
         shares.append(reward.calls_left)
     assert shares == [13] * 4 + [12] * 4
     assert reward.limiter.per_minute == 20
+
+
+def test_a_reward_that_trains_shares_its_calls_and_rate_as_one_that_evaluates(
+    server: RewardServer, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 1 of 8 on two machines; of its 13 calls the preflight takes one. Within a weighted sum as well."""
+    for name, value in (("world_size", 8), ("global_rank", 1), ("num_nodes", 2)):
+        monkeypatch.setattr(Trainer, name, value)
+    rewards = [client(server, requests_per_minute=40, max_calls=100) for _ in range(2)]
+    for reward in (rewards[0], WeightedReward([rewards[1]], weights=[1.0])):
+        module = RLOOModule(reward=reward, model_name=str(tiny_model_dir))
+        module.trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        module.setup("fit")
+    assert [reward.calls_left for reward in rewards] == [12, 12]
+    assert [reward.limiter.per_minute for reward in rewards] == [20, 20]
 
 
 def test_a_further_attempt_counts_against_the_limit(server: RewardServer, clock: Clock) -> None:

@@ -92,7 +92,7 @@ def post(url: str, body: object) -> requests.Response:
 def test_scores_over_http_are_those_at_home_to_the_last_bit(url: str, reward: ByLength) -> None:
     prompts = [
         [{"role": "user", "content": "Hi"}],
-        [*CONVERSATION, {"role": "user", "content": "And now?\n\nßü"}],
+        [{"role": "system", "content": "Be brief."}, *CONVERSATION, {"role": "user", "content": "And now?\n\nßü"}],
         [{"role": "user", "content": 'A rather longer question, with "quotes" and a \\.'}],
     ] * 4
     completions = [f"reply {'x' * i}" for i in range(12)]

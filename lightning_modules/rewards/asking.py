@@ -26,6 +26,10 @@ GRACE_S = 1.0
 LARGEST_REPLY = 1_000_000
 
 
+class ReplyTooLargeError(Exception):
+    """A reply that is not read to its end."""
+
+
 class Attempt(NamedTuple):
     """What a request came to: a score, or else why there is none."""
 
@@ -140,6 +144,9 @@ class Asking:
                 source.base_url + path, json=body, timeout=timeout_s, allow_redirects=False, stream=True
             ) as response:
                 content = read_within(response, timeout_s)
+        except ReplyTooLargeError:
+            reason = f"{source.base_url} sends a reply of more than {LARGEST_REPLY:,} bytes, which is no score"
+            return Attempt(None, "too large", reason)
         except requests.Timeout:
             return Attempt(None, "timeout", f"{source.base_url} does not answer within {timeout_s:g} s", 0.0)
         except requests.RequestException as error:
@@ -201,7 +208,8 @@ def read_within(response: requests.Response, seconds: float) -> bytes:
     """The body, piece by piece as it arrives, so that a server that trickles it is noticed.
 
     Raises:
-        requests.Timeout: If it takes longer, or is larger than any reply.
+        requests.Timeout: If it takes longer.
+        ReplyTooLargeError: If it is larger than any reply with a score.
         requests.ConnectionError: If it breaks off.
     """
     give_up_at = time.monotonic() + seconds
@@ -209,7 +217,9 @@ def read_within(response: requests.Response, seconds: float) -> bytes:
     try:
         while piece := response.raw.read1(65_536, decode_content=True):
             body += piece
-            if time.monotonic() > give_up_at or len(body) > LARGEST_REPLY:
+            if len(body) > LARGEST_REPLY:
+                raise ReplyTooLargeError
+            if time.monotonic() > give_up_at:
                 raise requests.Timeout
     except urllib3.exceptions.ReadTimeoutError as error:
         raise requests.Timeout from error

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from typing_extensions import override
@@ -41,11 +42,19 @@ class NemotronReward(HTTPReward):
 
     @override
     def request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
-        return "/chat/completions", {"model": self.model, "messages": folded_system(messages)}
+        hosted = self.base_url == HOSTED_URL  # a server of one's own reads a system turn as the model itself does
+        turns = folded_system(messages) if hosted else list(messages)
+        return "/chat/completions", {"model": self.model, "messages": turns}
 
     @override
     def parse(self, reply: Any) -> float:
         return parse_score(reply)
+
+    @cached_property
+    @override
+    def identity(self) -> list[Any]:
+        """As every source's, and that a server of one's own is sent system turns, as scores may be kept without."""
+        return super().identity if self.base_url == HOSTED_URL else [*super().identity, "system turns"]
 
     @override
     def _served(self) -> list[Any]:

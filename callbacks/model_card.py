@@ -1,0 +1,113 @@
+"""The model card of an export, and the lineage that a later stage's card goes on from."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+
+from callbacks.nemotron_evaluation import NemotronEvaluation
+from callbacks.tracking import short_name
+from lightning_modules.base import FineTuningModule
+
+LINEAGE = "lineage.yaml"
+"""Beside the weights: the model at the root, and what each stage was. It is no part of the model's content."""
+CARD = """---
+{front_matter}---
+
+# {title}
+
+{origin}
+
+| stage | method | data | optimiser steps | learning rate | evaluation |
+|---|---|---|---|---|---|
+{stages}
+
+The last stage in detail:
+
+| | |
+|---|---|
+| epochs | {epochs} |
+| batch size per process | {batch_size} |
+| processes | {world_size} |
+| longest sequence (tokens) | {max_length} |
+{metrics}
+The chat template is part of the tokenizer; an assistant turn ends with `{end_token}`.
+"""
+
+
+def lineage(trainer: Trainer, module: FineTuningModule) -> dict[str, Any]:
+    """The root's hub id (None of a local model) and name, and the stages so far, this one last."""
+    earlier = Path(module.model_name) / LINEAGE
+    found: dict[str, Any] = {"base_model": module.model_name, "base_name": short_name(module.model_name), "stages": []}
+    if earlier.is_file():
+        found = yaml.safe_load(earlier.read_text("utf-8"))
+    elif Path(module.model_name).is_dir():
+        found["base_model"] = None
+    data: Any = getattr(trainer, "datamodule", None)
+    stage = {
+        "method": module.method,
+        "method_name": module.method_name or module.method.upper(),
+        "dataset": shown_dataset(getattr(data, "dataset_name", None)),
+        "steps": trainer.global_step,
+        "learning_rate": module.learning_rate,
+        "evaluation": headline(trainer),
+    }
+    return {**found, "stages": [*found["stages"], stage]}
+
+
+def shown_dataset(name: str | None) -> str:
+    """A hub id as it is, of a local path what says something."""
+    if name is None:
+        return "an unnamed dataset"
+    return f"{short_name(name)} (local)" if Path(name).exists() else name
+
+
+def headline(trainer: Trainer) -> str:
+    """The win rate of the model as it is exported, in words; empty where it was not evaluated."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    evaluation = next((callback for callback in callbacks if isinstance(callback, NemotronEvaluation)), None)
+    metrics = evaluation.metrics_at(trainer.global_step) if evaluation is not None else None
+    if metrics is None or not metrics["valid"]:
+        return ""
+    rate, low, high = (100 * value for value in (metrics["win_rate"], *metrics["win_rate_ci"]))
+    return (
+        f"wins {rate:.1f} % [{low:.1f}, {high:.1f}] of {metrics['prompts']} prompts against "
+        f"{short_name(metrics['reference'])}, judged by {short_name(metrics['reward_source'])}"
+    )
+
+
+def model_card(trainer: Trainer, module: FineTuningModule, history: dict[str, Any]) -> str:
+    """What was trained, from what, on what and how, with the validation metrics of the last epoch."""
+    data: Any = getattr(trainer, "datamodule", None)
+    metrics = {
+        name: value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(("val/", "eval/")) and value.numel() == 1
+    }
+    stages, base = history["stages"], history["base_model"]
+    hub_datasets = [stage["dataset"] for stage in stages if "/" in stage["dataset"]]
+    front_matter = {
+        **({"base_model": base} if base else {}),
+        **({"datasets": list(dict.fromkeys(hub_datasets))} if hub_datasets else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation" if module.can_generate else "text-classification",
+        "tags": [*dict.fromkeys(stage["method"] for stage in stages), "pytorch-lightning"],
+    }
+    return CARD.format(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        title=f"{history['base_name']}: {', '.join(stage['method'].upper() for stage in stages)}",
+        origin=f"{base or history['base_name'] + ' (a local model)'}, fine-tuned in {len(stages)} "
+        f"{'stage' if len(stages) == 1 else 'stages'}.",
+        stages="\n".join(
+            f"| {number} | {stage['method_name']} | {stage['dataset']} | {stage['steps']} | "
+            f"{stage['learning_rate']:g} | {stage['evaluation'] or '-'} |"
+            for number, stage in enumerate(stages, start=1)
+        ),
+        epochs=trainer.current_epoch,
+        batch_size=getattr(data, "batch_size", "unknown"),
+        world_size=trainer.world_size,
+        max_length=module.longest_sequence(data),
+        metrics="".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items())),
+        end_token=module.tokenizer.convert_ids_to_tokens(module.stop_token_ids()[0]),
+    )
