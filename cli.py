@@ -101,9 +101,20 @@ def mendable(error: BaseException | None) -> BaseException | None:
 
     from datamodules.errors import ConfigurationError
 
-    while error is not None and not isinstance(error, (ConfigurationError, MisconfigurationException)):
+    while error is not None:
+        if isinstance(error, (ConfigurationError, MisconfigurationException)) or refused_by_lightning(error):
+            return error
         error = error.__cause__
-    return error
+    return None
+
+
+def refused_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself refuses a value, as it does within ``fit`` where it sees the data."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else str(last.tb_frame.f_globals.get("__name__"))
+    return isinstance(error, ValueError) and module.startswith("lightning.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from callbacks.evaluation_files import check_writable
 from datamodules.errors import ConfigurationError
 
 LOGGED_ELSEWHERE = ("train/", "eval/", "lr-")
@@ -37,6 +38,23 @@ class BoundaryCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.dirpath is not None and trainer.is_global_zero:
+            check_writable(Path(self.dirpath), option="checkpoint.dirpath")
+        data: Any = getattr(trainer, "datamodule", None)
+        interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+        if stage != "fit" or data is None or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+            return
+        batches = len(data.train_dataloader())
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if interval > batches:  # as Lightning says once the model is loaded
+            raise ConfigurationError(
+                f"trainer.val_check_interval is {interval} batches and an epoch has {batches}; lower it, or set "
+                "trainer.check_val_every_n_epoch to null to count over epochs"
+            )
+
+    @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation has just shown all that it logs."""
         known = sorted(trainer.callback_metrics)
@@ -44,7 +62,7 @@ class BoundaryCheckpoint(ModelCheckpoint):
             if monitor not in known and not monitor.startswith(LOGGED_ELSEWHERE):
                 near = get_close_matches(monitor, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it logs {', '.join(known)}"
-                raise ConfigurationError(f"{name} monitors {monitor}, which no validation logs; {hint}")
+                raise ConfigurationError(f"{name} is {monitor}, which no validation logs; {hint}")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,7 +70,7 @@ class BoundaryCheckpoint(ModelCheckpoint):
         for name, monitor in monitors(trainer):
             if monitor.startswith("val/") and not trainer.enable_validation:
                 raise ConfigurationError(
-                    f"{name} monitors {monitor}, but there is no validation; set checkpoint.monitor to null, or raise "
+                    f"{name} is {monitor}, but there is no validation; set it to null, or raise "
                     "trainer.limit_val_batches"
                 )
         self._saved_at = time.monotonic()
@@ -112,10 +130,13 @@ class BoundaryCheckpoint(ModelCheckpoint):
 
 
 def monitors(trainer: Trainer) -> list[tuple[str, str]]:
-    """Each callback that monitors a metric, and which one."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    watching = [callback for callback in callbacks if isinstance(getattr(callback, "monitor", None), str)]
-    return [(type(callback).__name__, callback.monitor) for callback in watching]
+    """The option of each callback that monitors a metric, and which metric that is."""
+    found = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        own = isinstance(callback, BoundaryCheckpoint)
+        if isinstance(getattr(callback, "monitor", None), str):
+            found.append(("checkpoint.monitor" if own else f"{type(callback).__name__}'s monitor", callback.monitor))
+    return found
 
 
 def at_step_boundary(trainer: Trainer) -> bool:

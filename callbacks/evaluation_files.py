@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from callbacks.evaluation_metrics import Pair
+from datamodules.errors import ConfigurationError
 
 
 def write(directory: Path, metrics: dict[str, Any], pairs: Sequence[Pair]) -> None:
@@ -24,6 +26,16 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def check_writable(directory: Path, *, option: str) -> None:
+    """Make the directory, and raise a ConfigurationError that names the option where it cannot be written into."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"cannot write into {directory} ({error.strerror}); change {option}") from error
 
 
 def without_nan(value: Any) -> Any:

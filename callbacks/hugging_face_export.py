@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -40,6 +40,11 @@ class HuggingFaceExport(Callback):
             or getattr(trainer, "fast_dev_run", False)
             or trainer.interrupted
         ):
+            return
+        if trainer.global_step == 0:
+            rank_zero_warn(
+                "no step was taken, so no model is exported; raise trainer.max_steps, max_epochs or limit_train_batches"
+            )
             return
         target = Path(trainer.default_root_dir) / self.directory
         if trainer.is_global_zero:

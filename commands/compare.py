@@ -1,13 +1,12 @@
 """``compare``: runs side by side, as tables, ``summary.json``, a self-contained ``report.html`` and a W&B run."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from callbacks.evaluation_files import without_nan, write_whole
+from callbacks.evaluation_files import check_writable, without_nan, write_whole
 from callbacks.tracking import environment_mode
 from commands.compare_tracking import track
 from commands.pairwise import pairwise
@@ -16,7 +15,6 @@ from commands.report import render_report
 from commands.runs import Run, differences, read_runs
 from commands.tables import headline_table, pairwise_table
 from commands.verdicts import verdicts
-from datamodules.errors import ConfigurationError
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -39,7 +37,7 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     Raises:
         ConfigurationError: If a folder is no run, no run has an evaluation, or the output cannot be written.
     """
-    check_output(output)
+    check_writable(output, option="--output")
     runs = read_runs(directories)
     notes = differences(runs)
     matches = pairwise(runs)
@@ -62,16 +60,6 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     except Exception as error:  # whatever W&B has: the report is there
         told = str(error).strip().partition("\n")[0]
         console.print(f"note: W&B has no comparison ({type(error).__name__}: {told})", markup=False, soft_wrap=True)
-
-
-def check_output(output: Path) -> None:
-    """Raise a ConfigurationError where the folder cannot be made or written to."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"cannot write into {output} ({error.strerror}); change --output") from error
 
 
 def summary(runs: list[Run], matches: list[dict[str, Any]], answers: list[str], notes: list[str]) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         if found := pattern.search(message):
             return unknown(found["name"], [*options, *parameters_in(message)])
     if "arguments are required" in message:
-        return f"{message.strip()}; name a config (--config configs/sft.yaml)"
+        hint = "; name a config (--config configs/sft.yaml)" if "model" in message else ""
+        return " ".join(message.split()) + hint
     denied = re.search(r"[Ii]mport(?:ing| path) '([\w.]+)' is not allowed", message)
     if denied:
         return (

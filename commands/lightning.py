@@ -44,6 +44,19 @@ from lightning_modules.evaluation import EvaluationModule
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
 
 
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "max_steps": -1,
+    "num_nodes": 1,
+    "num_sanity_val_steps": -1,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+"""The least value of trainer options that Lightning itself takes as they come, or fails on later."""
+
+
 class Parser(LightningArgumentParser):
     """Lightning's, with short errors."""
 
@@ -116,9 +129,20 @@ class SuiteCLI(LightningCLI):
         """A checkpoint never changes the options, nor names a class to build."""
 
     @override
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
+            raise ConfigurationError(f"seed_everything must be within 0..{2**32 - 1}, got {seed}")
+        super()._set_seed()
+
+    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         refuse_secrets(config.as_dict())
+        for option, least in LEAST.items():
+            value = config.trainer[option]
+            if value is not None and value < least:
+                raise ConfigurationError(f"trainer.{option} must be at least {least}, got {value}")
         if self.subcommand == "fit" and config.data is None:
             raise ConfigurationError("fit needs data: name a config (configs/sft.yaml), or a data module with --data")
         root = config.trainer.default_root_dir or "outputs/run"

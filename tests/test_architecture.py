@@ -1,6 +1,9 @@
 """The import direction, and that what others rely on is there."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,22 @@ def test_the_names_that_others_rely_on_can_be_imported() -> None:
     assert {SmolTalkDataModule.validation_split, UltraFeedbackDataModule.validation_split} == {"test", "test_prefs"}
     for named in (HuggingFaceExport, NemotronEvaluation, ModelReward, NemotronReward):
         assert named.__doc__
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "typing_extensions": "typing-extensions"}
+"""What a package to import is called where it is installed from, if that is another name."""
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that ``pip install -e '.[extras]'`` asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    return {re.split(r"[<>=\[; ]", line)[0].lower() for line in wanted}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Of the suite's own code alone; pydantic comes with fastapi, which is made of it."""
+    files = [ROOT / "cli.py", *(file for name in OURS - {"cli"} for file in (ROOT / name).rglob("*.py"))]
+    foreign = {name for file in files for name in imported(file)} - OURS - sys.stdlib_module_names
+    missing = {DISTRIBUTIONS.get(name, name) for name in foreign} - declared("serve") - {"pydantic"}
+    assert missing == set()

@@ -68,6 +68,7 @@ def test_rloo_raises_a_rule_reward_clearly_within_a_few_dozen_steps(
             "gradient_clip_val": 1.0,
         },
         evaluation={"num_prompts": 0},
+        checkpoint={"monitor": None},
     )
     fit(monkeypatch, made)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,11 +1,12 @@
 """Forty wrong command lines: exit code 2, a few lines, the nearest name, and no model loaded."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_modules import base
+from lightning_modules import SFTModule, base
 from tests.command_line import Cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,6 +42,22 @@ WRONG = [
     ("--trainer.precision bf8", "trainer.precision must be"),
     ("--trainer.callbacks EarlyStoping", "got EarlyStoping; did you mean EarlyStopping?"),
     ("--trainer.logger Wandb", "trainer.logger must be"),
+    ("--trainer.val_check_interval 5000", "trainer.val_check_interval is 5000 batches and an epoch has 2; lower it"),
+    ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val must be at least 0, got -1"),
+    ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches must be at least 1, got 0"),
+    ("--trainer.num_nodes 0", "trainer.num_nodes must be at least 1, got 0"),
+    ("--trainer.check_val_every_n_epoch 0", "trainer.check_val_every_n_epoch must be at least 1, got 0"),
+    ("--trainer.limit_val_batches -1", "invalid value -1 for limit_val_batches"),
+    ("--trainer.max_time never", "not a valid duration"),
+    ("--seed_everything -5", "seed_everything must be within 0..4294967295, got -5"),
+    ("--data.num_workers -1", "data.num_workers must not be negative, got -1"),
+    ("--data.dataset_name [a,b]", "dataset_name must be text, got ['a', 'b']"),
+    (
+        "--data.chat_template nope",
+        "no chat template 'nope'; name a file in data.chat_template, or one that ships: chatml",
+    ),
+    ("--checkpoint.last_every_minutes 0", "checkpoint.last_every_minutes must be positive, got 0"),
+    ("--ckpt_path last --overwrite true", "--ckpt_path goes on and --overwrite true starts over: name one of the two"),
     ("--trainer.gradient_clip_algorithm norms", "Allowed algorithms: ['value', 'norm']"),
     ("--trainer.default_root_dir /proc/none", "cannot make /proc/none"),
     ("--trainer nowhere.yaml", "Unable to load config 'nowhere.yaml'"),
@@ -88,6 +105,10 @@ def test_a_wrong_option_of_fit_is_told_in_a_few_lines(arguments: str, message: s
         ("serve-reward --port http", "port must be a whole number, got http"),
         ("serve-reward --reward os.system", "no reward at the import path 'os.system'"),
         ("serve-reward --port 99999 --reward x.y", "--port must be within 1..65535, got 99999"),
+        ("serve-reward --reward demo.judge.judge --host 1.2.3.4.5", "cannot listen at 1.2.3.4.5:8000"),
+        ("serve-reward --model ./none", "model directory ./none does not exist"),
+        ("compare README.md README.md", "is named 2 times; name each run once"),
+        ("compare --outpt x", "there is no option '--outpt'; did you mean output?"),
         ("compare nowhere", "nowhere has no config.yaml"),
     ],
 )
@@ -111,6 +132,44 @@ def test_a_wrong_command_line_is_told_in_a_few_lines(arguments: str, message: st
 def test_a_wrong_config_is_told_in_a_few_lines(text: str, message: str, config: Any, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "wrong.yaml").write_text(text, encoding="latin-1")
     assert_told(cli("fit", "--config", config("SFTModule"), "--config", str(tmp_path / "wrong.yaml")), message)
+
+
+def test_a_port_in_use_is_told_in_a_line(cli: Cli) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = cli("serve-reward", "--reward", "demo.judge.judge", "--port", port)
+    assert_told(result, f"cannot listen at 127.0.0.1:{port} (Address already in use); change --port or --host")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--checkpoint.monitor", "val/los"],
+            "checkpoint.monitor is val/los, which no validation logs; did you mean val/",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "vall/lss"],
+            "EarlyStopping's monitor is vall/lss, which no validation logs; did you mean val/loss?",
+        ),
+        (["--checkpoint.monitor", "val/loss", "--trainer.limit_val_batches", "0"], "but there is no validation"),
+    ],
+)
+def test_a_monitor_that_is_never_logged_is_told_before_training(
+    options: list[str], message: str, config: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sanity validation has logged all that there is to monitor."""
+    monkeypatch.setattr(SFTModule, "training_step", lambda *_: pytest.fail("training began"))
+    result = cli("fit", "--config", config("SFTModule", evaluation={"num_prompts": 0}), *options)
+    assert_told(result, message)
+
+
+def test_a_run_without_a_step_exports_nothing(config: Any, tmp_path: Path, cli: Cli) -> None:
+    result = cli("fit", "--config", config("SFTModule"), "--trainer.limit_train_batches", "0")
+    assert result.returncode == 0
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def test_debug_shows_where_an_error_came_from(config: Any, cli: Cli) -> None:
