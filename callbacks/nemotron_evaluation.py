@@ -85,6 +85,7 @@ class NemotronEvaluation(Callback):
         require(0 < top_p <= 1, "evaluation.top_p must be within 0..1", top_p)
         require(0 <= max_failed_share <= 1, "evaluation.max_failed_share must be within 0..1", max_failed_share)
         for option, value in (
+            ("max_prompt_length", max_prompt_length),
             ("max_completion_length", max_completion_length),
             ("batch_size", batch_size),
             ("every_n_epochs", every_n_epochs),

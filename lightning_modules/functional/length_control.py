@@ -55,14 +55,12 @@ def length_controlled_win_rate(
     chances = special.expit(intercept + slope * scaled)
     coins, tied = float((chances * (1 - chances)).sum()), int((target == 0.5).sum())
     dispersion = max(1 / len(target), 1 - tied / 4 / coins) if tied else 1.0
-    least = _log_likelihood(target, scaled, intercept) - dispersion * float(stats.chi2.ppf(confidence, 1)) / 2
-
-    def above(candidate: float) -> float:
-        """Positive where the profile likelihood is high enough for the interval."""
-        return _log_likelihood(target, scaled, candidate) - least
-
-    low = optimize.brentq(above, -SURE, intercept) if above(-SURE) < 0 else -SURE
-    high = optimize.brentq(above, intercept, SURE) if above(SURE) < 0 else SURE
+    least = _log_likelihood(intercept, target, scaled) - dispersion * float(stats.chi2.ppf(confidence, 1)) / 2
+    known = (target, scaled, least)
+    low = (
+        optimize.brentq(_log_likelihood, -SURE, intercept, args=known) if _log_likelihood(-SURE, *known) < 0 else -SURE
+    )
+    high = optimize.brentq(_log_likelihood, intercept, SURE, args=known) if _log_likelihood(SURE, *known) < 0 else SURE
     return LengthControlled(_share(intercept), Interval(_share(low), _share(high)))
 
 
@@ -88,29 +86,34 @@ def _share(log_odds: float) -> float:
 
 def _intercept(target: np.ndarray, scaled: np.ndarray) -> float:
     """The likeliest one; at the edge where there are wins alone, or losses alone."""
+    known = (target, scaled)
+    if _intercept_too_high(-SURE, *known) >= 0 or _intercept_too_high(SURE, *known) <= 0:
+        return math.copysign(SURE, -_intercept_too_high(0.0, *known))
+    return float(optimize.brentq(_intercept_too_high, -SURE, SURE, args=known))
 
-    def too_high(intercept: float) -> float:
-        """Minus the derivative of the profile likelihood."""
-        return float((special.expit(intercept + _slope(target, scaled, intercept) * scaled) - target).sum())
 
-    if too_high(-SURE) >= 0 or too_high(SURE) <= 0:
-        return math.copysign(SURE, -too_high(0.0))
-    return float(optimize.brentq(too_high, -SURE, SURE))
+def _intercept_too_high(intercept: float, target: np.ndarray, scaled: np.ndarray) -> float:
+    """Minus the derivative of the profile likelihood."""
+    return float((special.expit(intercept + _slope(target, scaled, intercept) * scaled) - target).sum())
 
 
 def _slope(target: np.ndarray, scaled: np.ndarray, intercept: float) -> float:
     """The likeliest one beside an intercept; at the edge where steeper is likelier, 0 where lengths are equal."""
-
-    def too_high(slope: float) -> float:
-        return float((scaled * (special.expit(intercept + slope * scaled) - target)).sum())
-
+    known = (target, scaled, intercept)
     edge = 4 * STEEPEST
-    if too_high(-edge) >= 0:
-        return -edge if too_high(edge) > 0 else 0.0
-    return edge if too_high(edge) <= 0 else float(optimize.brentq(too_high, -edge, edge))
+    if _slope_too_high(-edge, *known) >= 0:
+        return -edge if _slope_too_high(edge, *known) > 0 else 0.0
+    return (
+        edge if _slope_too_high(edge, *known) <= 0 else float(optimize.brentq(_slope_too_high, -edge, edge, args=known))
+    )
 
 
-def _log_likelihood(target: np.ndarray, scaled: np.ndarray, intercept: float) -> float:
-    """Of an intercept and the likeliest slope beside it."""
+def _slope_too_high(slope: float, target: np.ndarray, scaled: np.ndarray, intercept: float) -> float:
+    """Minus the derivative of the likelihood."""
+    return float((scaled * (special.expit(intercept + slope * scaled) - target)).sum())
+
+
+def _log_likelihood(intercept: float, target: np.ndarray, scaled: np.ndarray, least: float = 0.0) -> float:
+    """Of an intercept and the likeliest slope beside it, above what is given."""
     odds = intercept + _slope(target, scaled, intercept) * scaled
-    return float((target * odds - np.logaddexp(0, odds)).sum())
+    return float((target * odds - np.logaddexp(0, odds)).sum()) - least

@@ -48,24 +48,25 @@ def win_rate_interval(wins: int, ties: int, losses: int, *, confidence: float = 
     count = wins + ties + losses
     if count < 2:
         return Interval(0.0, 1.0) if count else Interval(math.nan, math.nan)
-    z = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(count / (count - 1))
-
-    def distance(difference: float, sign: float) -> float:
-        """Positive while the difference is further than z standard errors below (sign 1) or above (-1) the observed."""
-        # The likeliest share of losses where wins minus losses is the given difference.
-        a, b = 2 * count, (2 * count - wins + losses) * difference - wins - losses
-        c = -losses * difference * (1 - difference)
-        loss_share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
-        variance = count * max(0.0, 2 * loss_share + difference * (1 - difference))
-        return float(sign * (wins - losses - count * difference) - z * math.sqrt(variance))
-
+    z = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt(count / (count - 1))
+    known = (wins, losses, count, z)
     observed = (wins - losses) / count
     off = 1e-9  # where all outcomes are alike, the observed difference itself has no variance
-    low = -1.0 if wins == ties == 0 else optimize.brentq(distance, -1.0, observed - off, args=(1.0,))
-    high = 1.0 if losses == ties == 0 else optimize.brentq(distance, observed + off, 1.0, args=(-1.0,))
+    low = -1.0 if wins == ties == 0 else optimize.brentq(_beyond, -1.0, observed - off, args=(1.0, *known))
+    high = 1.0 if losses == ties == 0 else optimize.brentq(_beyond, observed + off, 1.0, args=(-1.0, *known))
     if sign_test(wins, losses) > 1 - confidence:
         low, high = min(low, 0.0), max(high, 0.0)
     return Interval((1 + low) / 2, (1 + high) / 2)
+
+
+def _beyond(difference: float, sign: float, wins: int, losses: int, count: int, z: float) -> float:
+    """Positive where a difference is more than z standard errors below (sign 1) or above (-1) the observed one."""
+    # The likeliest share of losses where the share of wins minus that of losses is the given difference.
+    a, b = 2 * count, (2 * count - wins + losses) * difference - wins - losses
+    c = -losses * difference * (1 - difference)
+    loss_share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
+    variance = count * max(0.0, 2 * loss_share + difference * (1 - difference))
+    return float(sign * (wins - losses - count * difference) - z * math.sqrt(variance))
 
 
 def mean_interval(values: Float[Tensor, " pair"], *, confidence: float = 0.95) -> Interval:
