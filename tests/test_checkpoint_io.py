@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_not_silence(tmp_path: P
 
 
 def test_an_error_that_is_no_disk_s_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises((pickle.PicklingError, AttributeError)):  # which of the two depends on Python's version
         write_checkpoint({"function": lambda: None}, tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
 
