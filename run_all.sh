@@ -82,13 +82,16 @@ unfinished() {
 
 main() {
   if [ "$out" = outputs/demo ]; then
-    stage material "$out/material" "$out/material/ultrafeedback/data/test_prefs-00000-of-00001.parquet" \
-      "$python" -m demo.material "$out/material"
-    if unfinished; then
-      headline "judge: a reward server on loopback that speaks Nemotron's protocol"
+    mkdir -p "$out"
+    if unfinished; then # it starts while the material is made
       "$python" cli.py serve-reward --reward demo.judge.judge --port 8399 >"$out/judge.log" 2>&1 &
       judge=$!
       trap 'kill "$judge" 2>/dev/null || true' EXIT
+    fi
+    stage material "$out/material" "$out/material/ultrafeedback/data/test_prefs-00000-of-00001.parquet" \
+      "$python" -m demo.material "$out/material"
+    if [ -n "${judge:-}" ]; then
+      headline "judge: a reward server on loopback that speaks Nemotron's protocol"
       for _ in $(seq 240); do
         curl --silent --fail http://127.0.0.1:8399/health >/dev/null && break
         kill -0 "$judge" 2>/dev/null || break
@@ -98,7 +101,7 @@ main() {
       curl --silent --fail http://127.0.0.1:8399/health >/dev/null || { echo "the judge does not answer" >&2; exit 1; }
     fi
     # What the three are compared with: a model that has seen a part of what SFT sees, as an untuned peer.
-    train reference sft --trainer.default_root_dir "$out/reference" --trainer.max_steps 350 \
+    train reference sft --trainer.default_root_dir "$out/reference" --trainer.max_steps 250 \
       --evaluation.num_prompts 0 --checkpoint.monitor null
   fi
 

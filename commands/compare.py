@@ -43,7 +43,7 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     matches = pairwise(runs)
     answers = verdicts(runs, matches)
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(headline_table(runs))
+    console.print(headline_table(runs, width=console.width))
     if matches:
         console.print(pairwise_table(matches))
     for line in [*(f"note: {note}" for note in notes), "Did they get better?", *(f"  {told}" for told in answers)]:

@@ -7,6 +7,8 @@ from rich.table import Table
 
 from commands.runs import Run, is_number
 
+WIDE = 150
+"""Characters that a row of all headline metrics takes."""
 HEADLINE = (
     "run",
     "win rate",
@@ -21,17 +23,22 @@ HEADLINE = (
 )
 
 
-def headline_table(runs: list[Run]) -> Table:
-    """The headline metrics, a row a run."""
+def headline_table(runs: list[Run], *, width: int = WIDE) -> Table:
+    """The headline metrics: a row a run, or where the terminal is narrow a column a run."""
+    rows = [
+        (run.name, *(" ".join(cell).strip() for cell in headline_cells(run.headline))) for run in runs if run.headline
+    ]
+    lines = [HEADLINE, *rows]
+    if width < WIDE:
+        lines = list(zip(*lines, strict=True))
     table = Table(
         title="Against the reference, on held-out prompts (95 % intervals, p of the sign test)",
         caption="at equal length: by a logistic fit of outcomes on differences in tokens; - where these do not tell",
     )
-    for column in HEADLINE:
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
-    for run in runs:
-        if run.headline:
-            table.add_row(run.name, *(" ".join(cell).strip() for cell in headline_cells(run.headline)))
+    for place, column in enumerate(lines[0]):
+        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 

@@ -65,13 +65,15 @@ def reward_told(metrics: dict[str, Any], side: int) -> str:
 
 
 def against_each_other(match: dict[str, Any]) -> str:
-    """Which of two runs is better on the prompts that both answered."""
-    row, column = match["row"], match["column"]
-    side = side_of(match["win_rate_ci"])
-    told = f"{percent(match['win_rate'])} {interval(match['win_rate_ci'], percent)} of {match['prompts']:,} prompts"
+    """Which of two runs is better on the prompts that both answered, the better one first."""
+    names, rate, bounds = (match["row"], match["column"]), match["win_rate"], match["win_rate_ci"]
+    side = side_of(bounds)
+    if side < 0:
+        names, rate, bounds = names[::-1], 1 - rate, [1 - bound for bound in reversed(bounds)]
+    told = f"{percent(rate)} {interval(bounds, percent)} of {match['prompts']:,} prompts"
     if not side:
-        return f"{row} and {column} are not to be told apart: {row} wins {told}."
-    return f"{row} is {'better' if side > 0 else 'worse'} than {column}: it wins {told}."
+        return f"{names[0]} and {names[1]} are not to be told apart: {names[0]} wins {told}."
+    return f"{names[0]} is better than {names[1]}: it wins {told}."
 
 
 def rate_told(metrics: dict[str, Any]) -> str:

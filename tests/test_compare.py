@@ -1,6 +1,7 @@
 """``compare``: what it reads, what it computes, what it warns of, and what it hands to W&B."""
 
 import html
+import io
 import json
 import math
 import shutil
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from callbacks.metrics_file import MetricsFile
 from commands import compare as command
 from commands.charts import thinned
 from commands.compare import compare
-from commands.runs import read_curves
+from commands.runs import read_curves, read_runs
+from commands.tables import headline_table
 from datamodules.chat import load_tokenizer
 from datamodules.errors import ConfigurationError
 from lightning_modules.functional.statistics import win_rate_interval
@@ -127,7 +130,7 @@ def test_whether_they_got_better_is_answered_in_words(tmp_path: Path, capsys: py
         "unsure: not to be told from the reference; 40 prompts cannot tell a win rate of 55.0 %"
     )
     assert answers[3].startswith("good is better than bad: it wins 77.5 % [")
-    assert answers[5].startswith("bad is worse than unsure: it wins ")
+    assert answers[5].startswith("unsure is better than bad: it wins 67.5 % [")
     assert len(answers) == 6
     assert f"Did they get better?\n  {answers[0]}\n" in capsys.readouterr().out
 
@@ -154,6 +157,17 @@ def test_a_win_rate_and_a_mean_reward_that_part_ways_are_both_told(tmp_path: Pat
     assert (
         "But its mean reward differs by -10.10 [" in told(tmp_path, run={"rewards": rewards, "tokens": [2, 4] * 25})[0]
     )
+
+
+def test_in_a_narrow_terminal_the_headline_has_a_column_for_each_run(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / name, rewards=[1.0, -1.0, 1.0]) for name in ("first", "second")])
+    for width, names in ((160, ["run", "win rate"]), (90, ["run", "first", "second"])):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(headline_table(runs, width=width))
+        text = console.export_text()
+        assert [str(column.header) for column in headline_table(runs, width=width).columns][: len(names)] == names
+        assert text.count("66.7 % [") == 2
+        assert "…" not in text
 
 
 def test_without_a_valid_evaluation_there_is_no_answer(tmp_path: Path) -> None:
