@@ -282,7 +282,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # so it is meant
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    noise = ("litlogger", "TPU", "estimate number")
+    noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
     if not sys.stderr.isatty():

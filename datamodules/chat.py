@@ -110,6 +110,8 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"no tokenizer in {model_name!r} ({first_line}); change {option}") from error
+    if not tokenizer(PROBE[0], add_special_tokens=False)["input_ids"]:  # as of a directory without tokenizer files
+        raise ConfigurationError(f"no tokenizer in {model_name!r} (its vocabulary is empty); change {option}")
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
     if tokenizer.chat_template is None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from callbacks import NemotronEvaluation
 from datamodules.chat import Message, load_tokenizer
 from datamodules.errors import ConfigurationError
 from demo.judge import BEST, WORST, judge
 from demo.tasks import KINDS, OPPOSITES, Kind, draw_exercise, right_answer, wrong_answer
+from lightning_modules import SFTModule
 from lightning_modules.loading import load_reward_model
-from lightning_modules.rewards import ModelReward, Reward, WeightedReward, resolve_reward
+from lightning_modules.rewards import ModelReward, Reward, SGLangReward, VLLMReward, WeightedReward, resolve_reward
 from lightning_modules.rewards.base import reward_name
 from lightning_modules.rewards.preflight import preflight
 from lightning_modules.rewards.rules import Mentions, brevity
@@ -350,3 +352,22 @@ def test_exercises_come_from_their_seed_alone() -> None:
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
+
+
+def test_an_error_about_a_judge_s_or_a_reference_s_tokenizer_names_that_option(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """A model directory without a tokenizer: what is to change is not the model that is trained."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
+    judge = ModelReward(str(tmp_path), option="evaluation.reward")
+    with pytest.raises(
+        ConfigurationError, match=r"no tokenizer in .* \(its vocabulary is empty\); change evaluation.rew"
+    ):
+        judge.load()
+    for server in (SGLangReward(model=str(tmp_path)), VLLMReward(model=str(tmp_path), endpoint="classify")):
+        with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change the reward's model"):
+            server.request([*PROMPT, {"role": "assistant", "content": "Hello."}])
+    evaluation = NemotronEvaluation(reward=brevity, reference_model=str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change evaluation.reference_model"):
+        evaluation._reference_tokenizer(SFTModule(model_name=str(tiny_model_dir)))

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from datamodules.chat import Message
 from lightning_modules.rewards import NemotronReward, Reward, server
 from lightning_modules.rewards.rules import Mentions, brevity
 from lightning_modules.rewards.server import create_app, serve
+from tests.command_line import Cli
 
 Serving = Callable[[Reward], AbstractContextManager[str]]
 CONVERSATION = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -186,3 +188,25 @@ def test_serving_says_where_and_listens_there(
     serve(brevity, host="127.0.0.2", port=8123)
     assert capsys.readouterr().out == "serving brevity at http://127.0.0.2:8123/v1\n"
     assert calls == [{"title": "Reward model", "host": "127.0.0.2", "port": 8123, "log_level": "warning"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["my_rewards.polite"], "polite"),
+        (["lightning_modules.rewards.rules.brevity"], "brevity"),
+        (["lightning_modules.rewards.rules.Mentions", "--reward.word", "please"], "mentions please"),
+    ],
+)
+def test_whatever_reward_trains_can_be_served(
+    arguments: list[str], name: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's own example, without annotations, among them."""
+    code = 'def polite(prompts, completions):\n    return [float("please" in text.lower()) for text in completions]\n'
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(server.uvicorn, "run", lambda *_, **__: None)
+    result = cli("serve-reward", "--reward", *arguments, "--port", "8123")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"serving {name} at http://127.0.0.1:8123/v1\n"
