@@ -46,7 +46,10 @@ class RunFolder:
             self.checkpoints.resolve(),
             self.root.resolve(),
         )
-        if own or overwrite:
+        requeued = sorted(self.root.glob("hpc_ckpt_*.ckpt"))  # Lightning goes on from SLURM's, whatever is asked for
+        if overwrite and requeued:
+            raise ConfigurationError(f"{requeued[-1]} of a requeued job would be gone on from; remove it to start over")
+        if own or overwrite or (requeued and not resumes):
             return
         finished = (self.final / "config.json").is_file()
         stopped = any(self.checkpoints.glob("*.ckpt"))

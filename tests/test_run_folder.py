@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from commands.run_folder import RunFolder
+from datamodules.errors import ConfigurationError
 from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
 
@@ -97,6 +99,19 @@ def test_a_stopped_run_is_not_trained_over_in_silence(config: Any, tmp_path: Pat
     (run / "final" / "config.json").rename(run / "final" / "moved.json")
     assert_refused(cli("fit", "--config", path), "holds a stopped run: go on with --ckpt_path last, start over with")
     assert cli("fit", "--config", path, "--ckpt_path", "last").returncode == 0
+
+
+def test_a_requeued_job_goes_on_as_lightning_has_it(tmp_path: Path) -> None:
+    """SLURM runs the same command again, and Lightning finds what the job saved for that."""
+    folder = RunFolder(tmp_path, tmp_path / "checkpoints", tmp_path / "final")
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "last.ckpt").touch()
+    with pytest.raises(ConfigurationError, match="holds a stopped run"):
+        folder.check_free(None, resumes=False, overwrite=False)
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    folder.check_free(None, resumes=False, overwrite=False)
+    with pytest.raises(ConfigurationError, match=r"hpc_ckpt_1.ckpt of a requeued job would be gone on from; remove it"):
+        folder.check_free(None, resumes=False, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "checkpoints", "eval", "a/b", "/tmp"])
