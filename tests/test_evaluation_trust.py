@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from callbacks import evaluation_metrics
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from datamodules.chat import Message
 from datamodules.errors import ConfigurationError
+from lightning_modules.functional.length_control import LengthControlled
+from lightning_modules.functional.statistics import Interval
 from lightning_modules.rewards import NemotronReward
 from lightning_modules.rewards.preflight import judge_preflight, time_plan
 from lightning_modules.rewards.rules import Mentions, brevity
@@ -340,6 +343,19 @@ def test_early_stopping_counts_evaluated_epochs_alone(talks: Path, tiny_model_di
     judged = evaluation(talks, constant, every_n_epochs=2)
     trainer = run(talks, tiny_model_dir, judged, root=tmp_path / "run", max_epochs=20, callbacks=[stopping])
     assert trainer.current_epoch == 6, "evaluated after epochs 2, 4 and 6; the latter two without improvement"
+
+
+def test_early_stopping_is_not_asked_where_the_evaluation_lacks_its_number(
+    talks: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal length may be beyond the data of an epoch; early stopping would take the NaN for the end of training."""
+    unknown = LengthControlled(math.nan, Interval(math.nan, math.nan), "unknown here")
+    monkeypatch.setattr(evaluation_metrics, "length_controlled_win_rate", lambda *_: unknown)
+    stopping = EarlyStopping(monitor="eval/length_controlled_win_rate", mode="max", patience=1)
+    judged = evaluation(talks, brevity, num_prompts=2)
+    trainer = run(talks, tiny_model_dir, judged, root=tmp_path / "run", max_epochs=4, callbacks=[stopping])
+    assert trainer.current_epoch == 4
+    assert read(tmp_path / "run" / "eval" / "epoch=3")[0]["length_controlled_note"] == "unknown here"
 
 
 def test_a_checkpoint_monitor_needs_no_evaluation_at_every_validation(
