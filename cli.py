@@ -12,8 +12,8 @@ HELP = """usage: python cli.py COMMAND [options]
 
   fit           train with SFT, a reward model's loss, DPO or RLOO
                   python cli.py fit --config configs/sft.yaml
-  validate      evaluate a model against a reference
-                  python cli.py validate --config configs/dpo.yaml --model.model_name outputs/dpo/final
+  validate      evaluate a run's final model, or the one that is named, against a reference
+                  python cli.py validate --config configs/dpo.yaml
   compare       put runs side by side: a table, summary.json and report.html
                   python cli.py compare outputs/sft outputs/dpo outputs/rloo --output outputs/report
   serve-reward  serve a reward model under the protocol of NVIDIA's Nemotron API
@@ -25,6 +25,7 @@ options of fit and validate that matter most (any option of a config can stand o
   --model.learning_rate RATE             peak learning rate
   --data.dataset_name NAME               hub id, or a directory or file of parquet or JSONL
   --data.batch_size N, --data.max_length TOKENS, --data.max_samples N
+  --data.chat_template FILE              in the place of the tokenizer's own; chatml ships
   --trainer.max_epochs N, --trainer.devices N, --trainer.default_root_dir DIR
   --evaluation.num_prompts N             prompts judged at epoch end; 0 for none
   --wandb.mode online|offline|disabled   offline where nobody is logged in

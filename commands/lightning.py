@@ -241,7 +241,8 @@ class SuiteCLI(LightningCLI):
                 f"{len(paths)} checkpoints would share eval/{doubled[0]}; name them one by one, each with a "
                 "--trainer.default_root_dir of its own"
             )
-        reference = self.config_init[self.subcommand].evaluation.reference_model
+        evaluation = self.config_init[self.subcommand].evaluation
+        reference = evaluation.reference_model if model.can_generate and evaluation.num_prompts else None
         for path in paths or [ckpt_path]:
             under = "" if path is None else f" under {path}"
             rank_zero_info(f"judging {model.model_name}{under}" + (f" against {reference}" if reference else ""))

@@ -38,17 +38,17 @@ def test_the_end_of_a_run_is_evaluated_and_no_more_of_its_epoch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seven batches an epoch."""
+    """Seven batches an epoch; within a validation, so that checkpoints can be ranked by it."""
     judge = evaluation(talks, brevity, num_prompts=2)
     asked, evaluate = [], judge.evaluate
 
     def watched(trainer: Trainer, *rest: Any) -> Any:
-        asked.append(trainer.global_step)
+        asked.append((trainer.global_step, trainer.validating))
         return evaluate(trainer, *rest)
 
     monkeypatch.setattr(judge, "evaluate", watched)
     trainer = run(talks, tiny_model_dir, judge, root=tmp_path / "run", **options)
-    assert asked == steps
+    assert asked == [(step, True) for step in steps]
     last = max((tmp_path / "run" / "eval").iterdir(), key=lambda folder: int(folder.name.partition("=")[2]))
     model: Any = trainer.model.model  # type: ignore[union-attr]
     assert read(last)[0]["model_digest"] == tensors_digest(model.state_dict().values())
