@@ -83,7 +83,7 @@ def model_card(trainer: Trainer, module: FineTuningModule, history: dict[str, An
     metrics = {
         name: value.item()
         for name, value in trainer.callback_metrics.items()
-        if name.startswith(("val/", "eval/")) and value.numel() == 1
+        if name.startswith(("val/", "eval/")) and value.numel() == 1 and value.isfinite()
     }
     stages, base = history["stages"], history["base_model"]
     hub_datasets = [stage["dataset"] for stage in stages if "/" in stage["dataset"]]

@@ -54,6 +54,8 @@ def test_a_method_outside_the_suite_is_trained_exported_judged_and_compared(
     card = (run / "final" / "README.md").read_text()
     assert "| 1 | LIKELIHOOD | data" in card
     assert "tags:\n- likelihood\n" in card
+    assert "| val/loss | " in card
+    assert "nan" not in card
     result = cli("validate", "--config", str(path))
     assert result.returncode == 0, result.stderr
     assert read(run / "eval" / "final")[0]["model"] == str(run / "final")
