@@ -39,6 +39,8 @@ class Signals(_SignalConnector):
     @override
     def register_signal_handlers(self) -> None:
         handled = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, requeue_signal(self.trainer) or signal.SIGTERM}
+        # A shell has its background jobs ignore the Ctrl-C that is meant for others.
+        handled = {signum for signum in handled if signal.getsignal(signum) != signal.SIG_IGN}
         self._original_handlers = {signum: signal.getsignal(signum) for signum in handled}
         for signum in handled:
             self._register_signal(signum, self._note)

@@ -172,6 +172,18 @@ def test_one_ctrl_c_saves_at_the_step_s_boundary_and_a_second_ends_at_once(times
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_ctrl_c_that_a_shell_has_ignored_is_ignored(tmp_path: Path) -> None:
+    """As in a job in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        module = Recorder(("train", 2, 4), signal.SIGINT)
+        fit(module, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert module.events[-1] == ("validate", 8, 7)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("minutes", "saves"), [(0.0005, 8), (10.0, 0), (None, 0)])
 def test_last_ckpt_is_saved_by_the_clock_at_step_boundaries(
     minutes: float | None, saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
