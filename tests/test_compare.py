@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from callbacks.metrics_file import MetricsFile
@@ -182,6 +183,12 @@ def test_close_scores_are_told_apart_in_a_match_as_in_an_evaluation(tmp_path: Pa
     compare([a, b], tmp_path / "report")
     match = summary(tmp_path / "report")["pairwise"][0]
     assert (match["wins"], match["ties"], match["losses"]) == (1, 0, 0)
+
+
+def test_a_digest_is_of_every_tensor_once_in_whatever_order_and_precision() -> None:
+    a, b, c = torch.arange(3.0), torch.arange(3.0, 6.0), torch.tensor([3.0, 4.0, 5.5])
+    assert tensors_digest([a, b, a]) == tensors_digest([b, a]) == tensors_digest([a.bfloat16(), b])
+    assert len({tensors_digest(part) for part in ([a, b], [a, c], [a], [b], [a, b.view(1, 3)])}) == 5
 
 
 def test_an_evaluation_of_other_weights_than_the_final_ones_is_noted(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -140,6 +140,13 @@ def test_win_rate_at_equal_length_is_the_win_rate_where_length_does_not_matter()
     assert equal.interval == pytest.approx(wilson(150, 200, 1.96), abs=5e-3)
 
 
+def test_ties_narrow_the_interval_at_equal_length_as_they_do_that_of_the_win_rate() -> None:
+    outcome = double(*[1.0] * 45, *[0.5] * 100, *[0.0] * 55)
+    found = length_controlled_win_rate(outcome, torch.zeros(200, dtype=torch.float64))
+    assert found.interval == pytest.approx(win_rate_interval(45, 100, 55), abs=2e-3)
+    assert found.interval.high - found.interval.low < 0.8 * (wilson(95, 200, 1.96)[1] - wilson(95, 200, 1.96)[0])
+
+
 def test_win_rate_at_equal_length_of_the_sides_exchanged_is_its_complement() -> None:
     outcome, differences = biased_world(200, quality=0.3, bias=1.0, shift=10, ties=0.3, seed=5)
     there, back = (length_controlled_win_rate(*w) for w in ((outcome, differences), (1 - outcome, -differences)))
