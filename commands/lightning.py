@@ -151,7 +151,7 @@ class SuiteCLI(LightningCLI):
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
         folder = RunFolder(Path(root), Path(config.checkpoint.dirpath), Path(root) / config.export.directory)
         self.ckpt_path = resolve_checkpoint(config.ckpt_path, folder.root, folder.checkpoints)
-        self.starts_over = folder if config.overwrite else None
+        self.starts_over = folder if config.overwrite and not config.trainer.fast_dev_run else None
         config.overwrite = False  # config.yaml must not say so to whoever uses it again
         if self.subcommand == "validate":
             judge_final(config, folder, sys.argv[1:])

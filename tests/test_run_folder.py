@@ -78,7 +78,8 @@ def test_a_finished_run_is_replaced_only_where_that_is_asked_for(config: Any, tm
     assert_refused(cli("fit", "--config", path, "--ckpt_path", foreign), "holds a finished run")
     mistake = cli("fit", "--config", path, "--overwrite", "true", "--evaluation.dataset_name", "./nowhere")
     assert_refused(mistake, "./nowhere does not exist")
-    assert cli("fit", "--config", path, "--trainer.fast_dev_run", "true").returncode == 0
+    for more in ([], ["--overwrite", "true"]):
+        assert cli("fit", "--config", path, "--trainer.fast_dev_run", "true", *more).returncode == 0
     assert {name: digest for name, digest in content(run).items() if name != "config.yaml"} == {
         name: digest for name, digest in before.items() if name != "config.yaml"
     }
