@@ -23,7 +23,7 @@ demo: $(READY) ## Run the whole pipeline offline on the CPU: train, evaluate, co
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./run_all.sh demo
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

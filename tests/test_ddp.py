@@ -54,7 +54,7 @@ def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, t
 
 
 @pytest.mark.slow
-def test_validation_on_two_processes_has_no_duplicates(config: Any, tmp_path: Path) -> None:
+def test_validation_on_two_processes_has_no_duplicates(config: Any, tmp_path: Path, tiny_model_dir: Path) -> None:
     """Seven rows do not divide by two; the losses agree with one process all the same."""
     losses = []
     for devices in ("1", "2"):
@@ -64,7 +64,7 @@ def test_validation_on_two_processes_has_no_duplicates(config: Any, tmp_path: Pa
             trainer={"default_root_dir": str(root), "devices": devices},
             evaluation={"num_prompts": 0},
         )
-        result = launch("validate", "--config", made, "--trainer.accelerator", "cpu")
+        result = launch("validate", "--config", made, "--model.model_name", str(tiny_model_dir))
         assert result.returncode == 0, result.stderr[-3000:]
         losses += [json.loads(line)["val/loss"] for line in (root / "validation.jsonl").read_text().splitlines()]
     assert len(losses) == 2

@@ -58,7 +58,7 @@ def child_of(pid: int) -> int:
 @pytest.mark.parametrize(
     ("ranks", "signalled", "signum"),
     [
-        (1, 0, signal.SIGTERM),
+        pytest.param(1, 0, signal.SIGTERM, marks=SLOW),
         (1, 0, signal.SIGINT),
         pytest.param(1, 0, signal.SIGUSR1, marks=SLOW),
         pytest.param(2, 0, signal.SIGTERM, marks=SLOW),
