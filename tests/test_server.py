@@ -193,7 +193,7 @@ def test_serving_says_where_and_listens_there(
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (["my_rewards.polite"], "polite"),
+        (["served_rewards.polite"], "polite"),
         (["lightning_modules.rewards.rules.brevity"], "brevity"),
         (["lightning_modules.rewards.rules.Mentions", "--reward.word", "please"], "mentions please"),
     ],
@@ -203,7 +203,7 @@ def test_whatever_reward_trains_can_be_served(
 ) -> None:
     """The README's own example, without annotations, among them."""
     code = 'def polite(prompts, completions):\n    return [float("please" in text.lower()) for text in completions]\n'
-    (tmp_path / "my_rewards.py").write_text(code)
+    (tmp_path / "served_rewards.py").write_text(code)  # a name that no other test imports
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(server.uvicorn, "run", lambda *_, **__: None)
