@@ -154,6 +154,8 @@ class SuiteCLI(LightningCLI):
         self.starts_over = folder if config.overwrite and not config.trainer.fast_dev_run else None
         config.overwrite = False  # config.yaml must not say so to whoever uses it again
         if self.subcommand == "validate":
+            if config.ckpt_path is not None and self.ckpt_path is None:
+                raise ConfigurationError(f"--ckpt_path last: {folder.checkpoints} holds no checkpoint to judge")
             judge_final(config, folder, sys.argv[1:])
         elif not config.trainer.fast_dev_run:
             resumes = config.ckpt_path is not None

@@ -31,6 +31,8 @@ def test_validate_with_a_config_alone_judges_the_run_s_final_model(
     path, run = config(method), tmp_path / "run"
     nothing = cli("validate", "--config", path)
     assert_refused(nothing, "run/final holds no model, so there is nothing to judge yet")
+    nothing = cli("validate", "--config", path, "--ckpt_path", "last")
+    assert_refused(nothing, "run/checkpoints holds no checkpoint to judge")
     assert cli("fit", "--config", path, *CHANGES).returncode == 0
     result = cli("validate", "--config", path, *CHANGES)
     assert result.returncode == 0, result.stderr
