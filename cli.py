@@ -85,7 +85,7 @@ def run(module: str, *, debug: bool) -> int:
             return INTERRUPTED
         raise
     except Exception as error:
-        from datamodules.secrets import redact
+        from core.secrets import redact
 
         told = mendable(error)
         if debug or told is None:
@@ -100,7 +100,7 @@ def mendable(error: BaseException | None) -> BaseException | None:
     """The error, or the one that caused it, that names an option to change; None where it is ours to mend."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from datamodules.errors import ConfigurationError
+    from core.errors import ConfigurationError
 
     while error is not None:
         if isinstance(error, (ConfigurationError, MisconfigurationException)) or refused_by_lightning(error):

@@ -1,6 +1,8 @@
 """ModelCheckpoint that saves at the boundary of an optimiser step alone, as accumulated gradients are in no file."""
 
 import os
+import re
+import shutil
 import time
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from callbacks.evaluation_files import check_writable
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
+from core.files import check_writable
 
 LOGGED_ELSEWHERE = ("train/", "eval/", "lr-")
 """How metrics begin that no validation of the data logs."""
@@ -34,6 +36,7 @@ class BoundaryCheckpoint(ModelCheckpoint):
         super().__init__(*args, **options)
         if last_every_minutes is not None and last_every_minutes <= 0:
             raise ConfigurationError(f"checkpoint.last_every_minutes must be positive, got {last_every_minutes}")
+        check_names(self.filename, self.dirpath, options.get("dirpath"))
         self.last_every_minutes = last_every_minutes
         self._saved_at = time.monotonic()
 
@@ -53,6 +56,24 @@ class BoundaryCheckpoint(ModelCheckpoint):
                 f"trainer.val_check_interval is {interval} batches and an epoch has {batches}; lower it, or set "
                 "trainer.check_val_every_n_epoch to null to count over epochs"
             )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that a checkpoint beside the one it replaces fits on the disk."""
+        if self.dirpath is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        needed, free = checkpoint_bytes(pl_module), shutil.disk_usage(self.dirpath).free
+        if free < needed:
+            raise ConfigurationError(
+                f"a checkpoint takes about {needed / 1e6:,.0f} MB and {self.dirpath} has room for {free / 1e6:,.0f} "
+                "MB; make room there, or change checkpoint.dirpath"
+            )
+
+    @override
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """A checkpoint's own record of what was saved is data: what it names elsewhere is nothing to remove."""
+        inside = self.dirpath is not None and Path(previous).resolve().parent == Path(self.dirpath).resolve()
+        return inside and super()._should_remove_checkpoint(trainer, previous, current)
 
     @override
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +148,24 @@ class BoundaryCheckpoint(ModelCheckpoint):
             os.symlink(os.path.relpath(filepath, Path(linkpath).parent), partial)
             os.replace(partial, linkpath)
         trainer.strategy.barrier()
+
+
+def check_names(filename: str | None, dirpath: Any, asked: Any) -> None:
+    """Raise a ConfigurationError where a checkpoint's name would lead out of its folder."""
+    plain = re.sub(r"\{[A-Za-z][\w/-]*(:[^{}/]*)?\}", "", filename or "")  # a metric's name may have a slash
+    if any(part in plain for part in ("/", "\\", "..", "{")) or not plain.isprintable():
+        raise ConfigurationError(
+            f"checkpoint.filename must be a plain name within checkpoint.dirpath, got {filename!r}"
+        )
+    if asked is not None and (not str(asked).strip() or not str(dirpath).isprintable()):
+        raise ConfigurationError(f"checkpoint.dirpath must name a folder, got {str(asked)!r}")
+
+
+def checkpoint_bytes(module: LightningModule) -> int:
+    """What a checkpoint takes on the disk: all weights, and AdamW's two moments of those that are trained."""
+    weights: int = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    moments: int = 2 * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return weights + moments
 
 
 def monitors(trainer: Trainer) -> list[tuple[str, str]]:

@@ -13,7 +13,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
+from core.files import new_file
 
 PARTIAL = ".partial"
 RESUMABLE = ("state_dict", "loops", "optimizer_states", "pytorch-lightning_version")
@@ -57,7 +58,8 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
     partial = target.with_name(target.name + PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # as a kill left it
+        with os.fdopen(new_file(partial), "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -94,17 +96,21 @@ def newest_usable(candidates: list[Path]) -> Path | None:
         None where there is no candidate at all.
 
     Raises:
-        ConfigurationError: If there are candidates and none is usable.
+        ConfigurationError: If there are candidates and none is usable; links that lead nowhere do not count.
     """
     reason = ""
-    for path in sorted(candidates, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+    there = [path for path in candidates if path.exists()]
+    for path in sorted(candidates, key=lambda file: file.lstat().st_mtime_ns, reverse=True):
+        if path not in there:
+            rank_zero_info(f"passing over {path}: it is a link to a file that is not there")
+            continue
         reason = unusable(path, RESUMABLE)
         if not reason:
             return path
         rank_zero_info(f"passing over {path}: {reason}")
-    if candidates:
+    if there:
         raise ConfigurationError(
-            f"none of the {len(candidates)} checkpoints in {candidates[0].parent} can be resumed from (the last "
+            f"none of the {len(there)} checkpoints in {there[0].parent} can be resumed from (the last "
             f"tried: {reason}); train anew without --ckpt_path, or name another checkpoint"
         )
     return None

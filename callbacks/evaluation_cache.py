@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 
 class EvaluationCache:

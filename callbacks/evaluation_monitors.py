@@ -6,7 +6,7 @@ from collections.abc import Callable, Set
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 HIGHER_IS_BETTER = {
     "eval/win_rate",

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from callbacks.evaluation_cache import EvaluationCache, ScoreMemory, cache_key
+from core.secrets import redact
 from datamodules.chat import Message
-from datamodules.secrets import redact
 from lightning_modules.rewards import Reward, WeightedReward
 from lightning_modules.rewards.base import checked_scores, reward_identity
 from lightning_modules.rewards.http import HTTPReward

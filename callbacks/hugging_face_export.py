@@ -1,5 +1,6 @@
 """Writes ``final/``: a Hugging Face model directory that plain transformers and vLLM load."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,31 +8,44 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from callbacks.model_card import LINEAGE, lineage, model_card
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 
-TAKEN = {"", "..", "cache", "checkpoints", "eval", "wandb"}
-"""Names in a run's folder, or that lead out of it, which an export must not replace."""
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+TAKEN = {"cache", "checkpoints", "csv", "eval", "lightning_logs", "wandb"}
+"""Names in a run's folder that are something else's."""
 
 
 class HuggingFaceExport(Callback):
     """Exports the trained weights, tokenizer, chat template, generation config and model card when training ends.
 
+    An earlier export in its place is removed once the new one is whole; anything else that is there is never touched.
+
     Args:
-        directory: Where to, within the run's folder.
+        directory: Where to, a plain name within the run's folder.
 
     Raises:
-        ConfigurationError: If it is no plain name, as what is there is replaced.
+        ConfigurationError: If it is no plain name or another part of the run's.
     """
 
     def __init__(self, directory: str = "final") -> None:
-        if Path(directory).name != directory or directory in TAKEN:
-            raise ConfigurationError(f"export.directory must be a new name within the run's folder, got {directory!r}")
+        plain = NAME.fullmatch(directory) and not directory.endswith((".", ".partial", ".old"))
+        if not plain or directory.lower() in TAKEN:
+            raise ConfigurationError(
+                f"export.directory must be a new name within the run's folder, of letters, digits, dots, - and _; "
+                f"got {directory!r}"
+            )
         self.directory = directory
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, FineTuningModule) and not getattr(trainer, "fast_dev_run", False):
+            check_place(Path(trainer.default_root_dir) / self.directory)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,18 +60,62 @@ class HuggingFaceExport(Callback):
                 "no step was taken, so no model is exported; raise trainer.max_steps, max_epochs or limit_train_batches"
             )
             return
-        target = Path(trainer.default_root_dir) / self.directory
         if trainer.is_global_zero:
-            partial = target.with_name(f"{target.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            export(pl_module, partial)
-            history = lineage(trainer, pl_module)
-            (partial / LINEAGE).write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
-            (partial / "README.md").write_text(model_card(trainer, pl_module, history), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            target = Path(trainer.default_root_dir) / self.directory
+            write_export(trainer, pl_module, target)
             rank_zero_info(f"exported the model to {target}")
         trainer.strategy.barrier("export")
+
+
+def check_place(target: Path) -> None:
+    """Raise a ConfigurationError where an export could not go there, or would replace what is no export."""
+    for place in (target, *beside(target)):
+        if place.is_symlink():
+            raise ConfigurationError(f"{place} is a link, and an export replaces no link; remove it")
+        if place.exists() and not is_export(place):
+            raise ConfigurationError(
+                f"{place} is no model that a run exported, so it is not replaced; move it away, or name another "
+                "--export.directory"
+            )
+
+
+def is_export(directory: Path) -> bool:
+    """Whether an export made the directory: it holds the lineage that each one begins with, or nothing."""
+    return directory.is_dir() and ((directory / LINEAGE).is_file() or not any(directory.iterdir()))
+
+
+def beside(target: Path) -> tuple[Path, Path]:
+    """Where an export is made, and where the earlier one waits until it is whole."""
+    return target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.old")
+
+
+def write_export(trainer: Trainer, module: FineTuningModule, target: Path) -> None:
+    """Export a model in full or not at all.
+
+    Raises:
+        ConfigurationError: If the place is taken by something else or the disk is full; what was there stays.
+    """
+    check_place(target)
+    partial, old = beside(target)
+    shutil.rmtree(partial, ignore_errors=True)  # as a kill left it
+    try:
+        history = lineage(trainer, module)
+        partial.mkdir(parents=True)
+        (partial / LINEAGE).write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
+        export(module, partial)
+        (partial / "README.md").write_text(model_card(trainer, module, history), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        told = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"cannot export the model to {target} ({told}); the checkpoints have its weights: make room there, then "
+            "run the same with --ckpt_path last"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export(module: FineTuningModule, directory: Path) -> None:

@@ -21,8 +21,8 @@ from callbacks.evaluation_report import calls_told, log_pairs, logged_names, log
 from callbacks.evaluation_scores import Scorer
 from callbacks.last_validation import batches_left, ends_here, ends_later_in_epoch
 from callbacks.ranks import Ranks
+from core.errors import ConfigurationError
 from datamodules.chat import Message, load_tokenizer
-from datamodules.errors import ConfigurationError
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.identity import directory_digest, tensors_digest, weights_digest

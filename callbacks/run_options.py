@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 KEY = "run_options"
 FREE = frozenset({"num_workers", "gradient_checkpointing", "compile", "requests_per_minute", "timeout_s"})

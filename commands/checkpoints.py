@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from callbacks.checkpoint_io import newest_usable, unusable
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 
 
@@ -41,7 +41,8 @@ def checkpoints(ckpt_path: str | None) -> list[str]:
     if ckpt_path is None:
         return []
     path = Path(ckpt_path)
-    inside = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
+    there = (file for file in path.glob("*.ckpt") if file.exists())  # last.ckpt may be a link that leads nowhere
+    inside = sorted(there, key=lambda file: file.stat().st_mtime) if path.is_dir() else []
     return [str(file) for file in inside] or ([str(path)] if path.exists() else sorted(glob.glob(ckpt_path)))
 
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from callbacks.evaluation_files import check_writable, without_nan, write_whole
 from callbacks.tracking import environment_mode
 from commands.compare_tracking import track
 from commands.pairwise import pairwise
@@ -15,6 +14,7 @@ from commands.report import render_report
 from commands.runs import Run, differences, read_runs
 from commands.tables import headline_table, pairwise_table
 from commands.verdicts import verdicts
+from core.files import check_writable, without_nan, write_whole
 
 Mode = Literal["online", "offline", "disabled"]
 

@@ -26,7 +26,6 @@ from typing_extensions import override
 from callbacks import HuggingFaceExport, NemotronEvaluation
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoint_io import WholeCheckpointIO, plain_values
-from callbacks.evaluation_files import write_whole
 from callbacks.line_progress import LineProgress
 from callbacks.metrics_file import MetricsFile
 from callbacks.preemption import Preemption
@@ -35,9 +34,10 @@ from callbacks.tracking import WandbTracking, run_name
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
-from commands.run_folder import RunFolder, StartOver, judge_final
+from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
+from core.errors import ConfigurationError
+from core.files import write_whole
 from datamodules.base import ChatDataModule
-from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 from lightning_modules.evaluation import EvaluationModule
 
@@ -150,6 +150,7 @@ class SuiteCLI(LightningCLI):
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
         folder = RunFolder(Path(root), Path(config.checkpoint.dirpath), Path(root) / config.export.directory)
+        folder.check_links()
         self.ckpt_path = resolve_checkpoint(config.ckpt_path, folder.root, folder.checkpoints)
         self.starts_over = folder if config.overwrite and not config.trainer.fast_dev_run else None
         config.overwrite = False  # config.yaml must not say so to whoever uses it again
@@ -192,6 +193,8 @@ class SuiteCLI(LightningCLI):
             raise ConfigurationError(
                 f"cannot make {root} ({error.strerror}); change trainer.default_root_dir"
             ) from error
+        if not config.trainer.fast_dev_run:
+            FolderLock(Path(root), str(self.subcommand)).take()
         kwargs["logger"] = self._loggers()
         own: list[Callback] = [Preemption(), RunOptions(self.options)]
         if self.subcommand == "fit" and self.starts_over is not None:
@@ -298,15 +301,18 @@ def run() -> None:
     quieten()
     restrict()
     check_arguments(sys.argv[1:])
-    SuiteCLI(
-        FineTuningModule,
-        ChatDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=42,
-        parser_class=Parser,
-        parser_kwargs={"allow_abbrev": False},
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        auto_configure_optimizers=False,
-    )
+    try:
+        SuiteCLI(
+            FineTuningModule,
+            ChatDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=42,
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            auto_configure_optimizers=False,
+        )
+    finally:
+        give_up_locks()

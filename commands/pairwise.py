@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from callbacks.evaluation_files import without_nan
 from callbacks.evaluation_metrics import win_rate_of
 from commands.runs import Run, is_number
+from core.files import without_nan
 from lightning_modules.functional.statistics import mean_interval, outcomes
 
 

@@ -9,9 +9,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from typing_extensions import override
 
 from commands.explaining import did_you_mean, explain
-from datamodules.errors import ConfigurationError
-from datamodules.imports import allowed_packages
-from datamodules.secrets import redact, secret_in
+from core.errors import ConfigurationError
+from core.imports import allowed_packages
+from core.secrets import redact, secret_in
 
 
 class Parser(ArgumentParser):

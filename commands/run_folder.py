@@ -1,15 +1,19 @@
-"""A run's folder: what is in it already, what ``--overwrite true`` removes, and the model that ``validate`` judges."""
+"""A run's folder: who may use it, what is in it, what ``--overwrite true`` removes, which model ``validate`` judges."""
 
+import errno
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
+from callbacks.hugging_face_export import is_export
 from commands.parsing import named_values, read_config
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 LOGS = ("metrics.jsonl", "tables.jsonl", "validation.jsonl")
 MODEL_OPTIONS = {"model.model_name", "model.init_args.model_name"}
@@ -28,6 +32,12 @@ class RunFolder:
         self.root = root
         self.checkpoints = checkpoints
         self.final = final
+
+    def check_links(self) -> None:
+        """Refuse to write evaluations through links, which may lead to another run's."""
+        for place in (self.root / "eval", *(self.root / "eval").glob("*")):
+            if place.is_symlink():
+                raise ConfigurationError(f"{place} is a link, and no evaluation is written through one; remove it")
 
     def check_free(self, ckpt_path: str | None, *, resumes: bool, overwrite: bool) -> None:
         """Refuse to train over what an earlier run left.
@@ -49,10 +59,15 @@ class RunFolder:
         requeued = sorted(self.root.glob("hpc_ckpt_*.ckpt"))  # Lightning goes on from SLURM's, whatever is asked for
         if overwrite and requeued:
             raise ConfigurationError(f"{requeued[-1]} of a requeued job would be gone on from; remove it to start over")
+        if overwrite and not self._owns(self.checkpoints) and any(self.checkpoints.glob("*.ckpt")):
+            raise ConfigurationError(
+                f"{self.checkpoints} holds checkpoints and lies outside {self.root}, where nothing is removed: remove "
+                "them yourself to start over, or name another checkpoint.dirpath"
+            )
         if own or overwrite or (requeued and not resumes):
             return
         finished = (self.final / "config.json").is_file()
-        stopped = any(self.checkpoints.glob("*.ckpt"))
+        stopped = any(file.exists() for file in self.checkpoints.glob("*.ckpt"))
         if finished or stopped:
             none = " (it has no checkpoint now)" if not stopped else ""
             raise ConfigurationError(
@@ -61,16 +76,94 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Remove the model, checkpoints, evaluations and curves of an earlier run; nothing that is not its own."""
-        if (self.final / "config.json").is_file():
-            shutil.rmtree(self.final)
+        """Remove the model, checkpoints, evaluations and curves of an earlier run; nothing that is not its own.
+
+        A link goes, never what it leads to.
+        """
+        if self._owns(self.final) and is_export(self.final):
+            remove(self.final)
         for metrics in (self.root / "eval").glob("*/metrics.json"):
-            shutil.rmtree(metrics.parent)
-        if self.checkpoints.resolve().is_relative_to(self.root.resolve()):
+            if self._owns(metrics.parent):
+                remove(metrics.parent)
+        if self._owns(self.checkpoints):
             for checkpoint in self.checkpoints.glob("*.ckpt"):
-                shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+                remove(checkpoint)
         for name in LOGS:
             (self.root / name).unlink(missing_ok=True)
+
+    def _owns(self, path: Path) -> bool:
+        """Whether the path lies in the run's folder, wherever links lead."""
+        return path.resolve().is_relative_to(self.root.resolve())
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+class FolderLock:
+    """Keeps a second run of the same command out of a run's folder; a process that ends, however, gives it up.
+
+    A POSIX record lock, as it is not inherited by the workers that a run starts. Where there is none, as on Windows,
+    nothing is locked.
+
+    Args:
+        root: The run's folder.
+        command: ``fit`` or ``validate``; a checkpoint may be judged while training goes on.
+    """
+
+    def __init__(self, root: Path, command: str) -> None:
+        self.path = root / f".{command}.lock"
+        self.command = command
+
+    @rank_zero_only
+    def take(self) -> None:
+        """Take the lock until the process ends.
+
+        Raises:
+            ConfigurationError: If another process has it, saying which.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return
+        if str(self.path.resolve()) in HELD:  # closing a second descriptor of a file would give up the lock
+            return
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            descriptor = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write into {self.path.parent} ({error.strerror}); change trainer.default_root_dir"
+            ) from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                os.close(descriptor)
+                return
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            raise ConfigurationError(
+                f"{self.path.parent} is in use: {holder or 'another process'} runs {self.command} there; wait for it, "
+                "or name another --trainer.default_root_dir"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        HELD[str(self.path.resolve())] = descriptor
+
+
+HELD: dict[str, int] = {}
+"""The descriptors of the locks that this process has, by their files."""
+
+
+def give_up_locks() -> None:
+    """Give up every lock that this process has."""
+    while HELD:
+        os.close(HELD.popitem()[1])
 
 
 class StartOver(Callback):

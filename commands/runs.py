@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 from lightning_modules.identity import saved_tensors, tensors_digest
 
 SAME_FOR_ALL = ("reward_source", "reference", "prompts")

@@ -6,7 +6,7 @@ import sys
 from jsonargparse import auto_cli
 
 from commands.parsing import Parser, check_arguments, restrict
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 from lightning_modules.rewards import ModelReward, Reward, resolve_reward
 
 

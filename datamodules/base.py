@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from core.errors import ConfigurationError
 from datamodules import chat, encoding
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, read_template, tail_ids
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
-from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
 from datamodules.token_budget import TokenBudgetSampler
 

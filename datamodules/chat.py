@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 Message = dict[str, str]
 """``role`` (system, user or assistant) and ``content``."""

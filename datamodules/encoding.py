@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from core.errors import ConfigurationError
 from datamodules.chat import (
     Message,
     TemplateRefusalError,
@@ -14,7 +15,6 @@ from datamodules.chat import (
     shortened,
     without_special_tokens,
 )
-from datamodules.errors import ConfigurationError
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]

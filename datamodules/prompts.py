@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from core.errors import ConfigurationError
 from datamodules.chat import Message, TemplateRefusalError, before_answer, encode_conversation, flaw
-from datamodules.errors import ConfigurationError
 from datamodules.source import load_rows
 
 OPTION = "evaluation.dataset_name"

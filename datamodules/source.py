@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 HELD_OUT_SHARE = 0.05

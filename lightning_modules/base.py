@@ -11,9 +11,9 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from typing_extensions import override
 
+from core.errors import ConfigurationError
 from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
-from datamodules.errors import ConfigurationError
 from lightning_modules.loading import load_causal_lm, load_config
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]

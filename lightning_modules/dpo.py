@@ -11,8 +11,8 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from core.errors import ConfigurationError
 from datamodules.batches import PreferenceBatch
-from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.forward import CompletionTokens, completion_states, completion_tokens, read_tokens, states_kl
 from lightning_modules.functional.preference import (

@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from core.errors import ConfigurationError
 from datamodules.chat import check_model_name
-from datamodules.errors import ConfigurationError
 
 
 def load_config(model_name: str, *, option: str = "model.model_name") -> Any:

@@ -15,8 +15,8 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from core.errors import ConfigurationError
 from datamodules.batches import PromptBatch, TokenBatch
-from datamodules.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.forward import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (

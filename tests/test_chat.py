@@ -7,6 +7,7 @@ import pytest
 from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from core.errors import ConfigurationError
 from datamodules.chat import (
     CHATML_TEMPLATE,
     encode_conversation,
@@ -16,7 +17,6 @@ from datamodules.chat import (
     tail_ids,
     turn_end,
 )
-from datamodules.errors import ConfigurationError
 from lightning_modules.rewards.reward_model import conversation_ids
 
 CONVERSATION = [

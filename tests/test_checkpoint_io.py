@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoint_io import RESUMABLE, WholeCheckpointIO, newest_usable, unusable, write_checkpoint
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 from tests.command_line import Cli, assert_refused
 
 ROOT = Path(__file__).parents[1]

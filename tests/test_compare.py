@@ -18,8 +18,8 @@ from commands.charts import thinned
 from commands.compare import compare
 from commands.runs import read_curves, read_runs
 from commands.tables import headline_table
+from core.errors import ConfigurationError
 from datamodules.chat import load_tokenizer
-from datamodules.errors import ConfigurationError
 from lightning_modules.functional.statistics import win_rate_interval
 from lightning_modules.identity import tensors_digest
 from lightning_modules.loading import load_causal_lm

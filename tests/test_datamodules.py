@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from core.errors import ConfigurationError
 from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import CHATML_TEMPLATE, Message, load_tokenizer
-from datamodules.errors import ConfigurationError
 from datamodules.prompts import load_prompts
 
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics
+from core.errors import ConfigurationError
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.identity import weights_digest
 from lightning_modules.rewards import WeightedReward

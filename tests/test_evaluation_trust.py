@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from callbacks import evaluation_metrics
 from callbacks.nemotron_evaluation import NemotronEvaluation
+from core.errors import ConfigurationError
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules.functional.length_control import LengthControlled
 from lightning_modules.functional.statistics import Interval
 from lightning_modules.rewards import NemotronReward

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from callbacks.checkpoint_io import RESUMABLE, write_checkpoint
-from datamodules.imports import is_allowed, own_modules
-from datamodules.secrets import redact, secret_in
+from core.imports import is_allowed, own_modules
+from core.secrets import redact, secret_in
 from tests.command_line import Cli, assert_refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")

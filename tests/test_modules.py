@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from core.errors import ConfigurationError
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
 from lightning_modules.loading import load_causal_lm
 

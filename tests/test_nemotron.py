@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
+from core.errors import ConfigurationError
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules import RLOOModule
 from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit
 from lightning_modules.rewards.asking import retry_after_s

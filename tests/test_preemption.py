@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoint_io import WholeCheckpointIO
 from callbacks.preemption import Preempted, Preemption
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
 SLOW = pytest.mark.slow

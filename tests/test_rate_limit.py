@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 from lightning_modules.rewards import rate_limit
 from lightning_modules.rewards.rate_limit import RateLimiter
 from tests.clock import Clock

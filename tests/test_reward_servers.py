@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core.secrets import redact
 from datamodules.chat import CHATML_TEMPLATE
-from datamodules.secrets import redact
 from lightning_modules.rewards import CausalModelReward, NemotronReward, SGLangReward, VLLMReward
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.vllm import last_number

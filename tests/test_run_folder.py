@@ -1,19 +1,30 @@
 """Nothing in a run's folder is replaced in silence, and what is judged is the run's own model."""
 
+import errno
 import hashlib
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
-from commands.run_folder import RunFolder
-from datamodules.errors import ConfigurationError
+from callbacks import HuggingFaceExport, hugging_face_export
+from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from commands.checkpoints import checkpoints
+from commands.run_folder import FolderLock, RunFolder
+from core.errors import ConfigurationError
 from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).parents[1]
 CHANGES = ("--model.learning_rate", "0.05")
 
 
@@ -117,10 +128,169 @@ def test_a_requeued_job_goes_on_as_lightning_has_it(tmp_path: Path) -> None:
         folder.check_free(None, resumes=False, overwrite=True)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "checkpoints", "eval", "a/b", "/tmp"])
-def test_an_export_replaces_nothing_but_an_export(name: str, config: Any, cli: Cli) -> None:
-    result = cli("fit", "--config", config("SFTModule", export={"directory": name}))
-    assert_refused(result, f"export.directory must be a new name within the run's folder, got {name!r}")
+@pytest.mark.parametrize("name", ["", ".", "..", "checkpoints", "Eval", "a/b", "/tmp", "a\nb", "x.old", "~"])
+def test_an_export_goes_to_a_new_name_in_the_run_s_folder(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"export.directory must be a new name within the run's folder"):
+        HuggingFaceExport(directory=name)
+
+
+@pytest.mark.parametrize("place", ["final", "final.partial", "final.old"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_export_replaces_nothing_but_an_export(place: str, kind: str, config: Any, tmp_path: Path, cli: Cli) -> None:
+    """It says so before training, and what is there stays as it was."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.txt").write_text("mine")
+    taken = tmp_path / "run" / place
+    taken.parent.mkdir()
+    if kind == "link":
+        taken.symlink_to(elsewhere)
+    elif kind == "file":
+        taken.write_text("mine")
+    else:
+        elsewhere.rename(taken)
+    before = content(tmp_path)
+    result = cli("fit", "--config", config("SFTModule"))
+    told = "is a link, and an export replaces no link" if kind == "link" else "is no model that a run exported"
+    assert_refused(result, f"{taken} {told}")
+    assert before.items() <= content(tmp_path).items()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert taken.is_symlink() == (kind == "link")
+
+
+def test_an_export_that_fails_leaves_the_one_before_as_it_was(
+    config: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here at its last file; the earlier export is removed once the new one is whole, and not a moment before."""
+    path, run = config("SFTModule"), tmp_path / "run"
+    assert cli("fit", "--config", path).returncode == 0
+    before = content(run / "final")
+
+    def full(*_: Any) -> str:
+        assert content(run / "final") == before
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hugging_face_export, "model_card", full)
+    result = cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert_refused(result, "cannot export the model to")
+    assert "No space left on device" in result.stderr
+    assert content(run / "final") == before
+    assert not (run / "final.partial").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2").returncode == 0
+    assert content(run / "final") != before
+    assert not (run / "final.old").exists()
+
+
+@pytest.mark.parametrize("linked", ["eval", "eval/epoch=0"])
+def test_no_evaluation_is_written_through_a_link(linked: str, config: Any, tmp_path: Path, cli: Cli) -> None:
+    other = tmp_path / "other"
+    (other / "epoch=0").mkdir(parents=True)
+    for folder in (other, other / "epoch=0"):
+        (folder / "metrics.json").write_text("another run's")
+    link = tmp_path / "run" / linked
+    link.parent.mkdir(parents=True)
+    link.symlink_to(other if linked == "eval" else other / "epoch=0")
+    before = content(other)
+    for options in ([], ["--overwrite", "true"]):
+        assert_refused(cli("fit", "--config", config("SFTModule"), *options), "is a link, and no evaluation is written")
+    assert content(other) == before
+
+
+def test_starting_over_removes_nothing_outside_the_run_s_folder(tmp_path: Path) -> None:
+    """Links go and not what they lead to; checkpoints elsewhere are the user's to remove."""
+    root, other = tmp_path / "run", tmp_path / "other"
+    for folder in (root / "eval" / "epoch=0", root / "checkpoints", other / "eval", other / "shards.ckpt"):
+        folder.mkdir(parents=True)
+    for file in (root / "eval" / "epoch=0" / "metrics.json", other / "eval" / "metrics.json", other / "last.ckpt"):
+        file.write_text("{}")
+    (other / "shards.ckpt" / "a").write_text("a")
+    (root / "eval" / "linked").symlink_to(other / "eval")
+    (root / "checkpoints" / "shards.ckpt").symlink_to(other / "shards.ckpt")
+    (root / "metrics.jsonl").symlink_to(other / "last.ckpt")
+    (root / "final").mkdir()
+    (root / "final" / "config.json").write_text("no export made this")
+    before = content(other)
+    RunFolder(root, root / "checkpoints", root / "final").clear()
+    assert content(other) == before
+    left = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir() or path.is_symlink()}
+    assert left == {"eval/linked", "final/config.json"}
+    outside = RunFolder(root, other, root / "final")
+    with pytest.raises(ConfigurationError, match=r"lies outside .* where nothing is removed"):
+        outside.check_free(None, resumes=False, overwrite=True)
+    outside.clear()
+    assert content(other) == before
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "{../../x}", "{/tmp/x}", "x\ny", "best-{epoch}/../x"])
+def test_a_checkpoint_stays_in_its_folder(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"checkpoint.filename must be a plain name"):
+        BoundaryCheckpoint(filename=name)
+    BoundaryCheckpoint(filename="best-{epoch}-{val/loss:.3f}")
+    with pytest.raises(ConfigurationError, match=r"checkpoint.dirpath must name a folder"):
+        BoundaryCheckpoint(dirpath="")
+
+
+def test_a_checkpoint_s_record_of_others_removes_nothing_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    callback = BoundaryCheckpoint(dirpath=str(tmp_path / "checkpoints"))
+    trainer = Trainer(logger=False, enable_checkpointing=False)
+    inside, outside = tmp_path / "checkpoints" / "a.ckpt", tmp_path / "checkpoints" / ".." / "a.ckpt"
+    assert callback._should_remove_checkpoint(trainer, str(inside), str(tmp_path / "b.ckpt"))
+    assert not callback._should_remove_checkpoint(trainer, str(outside), str(tmp_path / "b.ckpt"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(
+    config: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    result = cli("fit", "--config", config("SFTModule"))
+    assert_refused(result, "has room for 0 MB; make room there, or change checkpoint.dirpath")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from commands.checkpoints import checkpoints
+from commands.run_folder import FolderLock
+FolderLock(Path(sys.argv[1]), "fit").take()
+print("taken", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_run_s_at_a_time(config: Any, tmp_path: Path, cli: Cli) -> None:
+    """A second one is told who has it; what a killed process held is free."""
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "taken\n"
+    refused = cli("fit", "--config", config("SFTModule"))
+    assert_refused(refused, f"{run} is in use: process {holder.pid} on {socket.gethostname()} runs fit there")
+    assert not (run / "config.yaml").exists()
+    FolderLock(run, "validate").take()  # a checkpoint may be judged while training goes on
+    holder.kill()
+    holder.communicate()
+    assert cli("fit", "--config", config("SFTModule")).returncode == 0
+
+
+def test_checkpoints_that_are_no_more_are_passed_over(config: Any, tmp_path: Path, cli: Cli) -> None:
+    """``last.ckpt`` may be a link to one that somebody removed."""
+    path, run = config("SFTModule"), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").symlink_to("gone.ckpt")
+    assert cli("fit", "--config", path, "--ckpt_path", "last").returncode == 0
+    (run / "checkpoints" / "newer.ckpt").symlink_to("gone.ckpt")
+    result = cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert result.returncode == 0, result.stderr
+    assert sorted(Path(file).name for file in checkpoints(str(run / "checkpoints"))) == [
+        "best-epoch=1.ckpt",
+        "last.ckpt",
+    ]
 
 
 def test_the_run_s_own_record_is_kept_whatever_loggers_are_set(config: Any, tmp_path: Path, cli: Cli) -> None:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.errors import ConfigurationError
 from datamodules import UltraFeedbackDataModule
-from datamodules.errors import ConfigurationError
 from datamodules.token_budget import TokenBudgetSampler, best_fit
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=40)

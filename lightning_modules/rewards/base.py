@@ -11,9 +11,9 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
+from core.errors import ConfigurationError
+from core.imports import is_allowed
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
-from datamodules.imports import is_allowed
 from lightning_modules.rewards.reward_model import ModelReward
 
 

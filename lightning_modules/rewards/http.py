@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import requests
 
+from core.errors import ConfigurationError
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules.rewards.asking import Asking, answered
 from lightning_modules.rewards.rate_limit import RateLimiter
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from core.errors import ConfigurationError
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules.rewards.http import HTTPReward
 
 HOSTED_URL = "https://integrate.api.nvidia.com/v1"

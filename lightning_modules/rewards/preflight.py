@@ -4,8 +4,8 @@ import math
 import random
 from collections.abc import Sequence
 
+from core.errors import ConfigurationError
 from datamodules.chat import Message
-from datamodules.errors import ConfigurationError
 from lightning_modules.rewards.base import Reward, WeightedReward, checked_scores, reward_name
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.reward_model import ModelReward

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datamodules.errors import ConfigurationError
+from core.errors import ConfigurationError
 
 WINDOW_S = 61.0
 """A minute, and a second for requests that travel at different speeds."""
