@@ -119,5 +119,5 @@ def refused_by_lightning(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())  # rewards and datasets of the user's own
+    sys.path.append(os.getcwd())  # rewards and datasets of the user's own, behind everything that is installed
     sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
+from core.imports import shadowed
+
 MAX_LINES = 5
 MAX_WIDTH = 400
 PLAIN = {
@@ -40,7 +42,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         return " ".join(message.split()) + hint
     denied = re.search(r"[Ii]mport(?:ing| path) '([\w.]+)' is not allowed", message)
     if denied:
-        return (
+        return shadowed(denied[1]) or (
             f"{denied[1]} is nothing that a config may name: only what this suite has, building blocks of Lightning "
             "and torch, and modules or packages (with __init__.py) of the current directory"
         )

@@ -31,6 +31,7 @@ from callbacks.metrics_file import MetricsFile
 from callbacks.preemption import Preemption
 from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.tracking import WandbTracking, run_name
+from commands.boundaries import check_boundaries
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
@@ -149,6 +150,7 @@ class SuiteCLI(LightningCLI):
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
+        check_boundaries(config.trainer.as_dict(), Path(root))
         folder = RunFolder(Path(root), Path(config.checkpoint.dirpath), Path(root) / config.export.directory)
         folder.check_links()
         self.ckpt_path = resolve_checkpoint(config.ckpt_path, folder.root, folder.checkpoints)

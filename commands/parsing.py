@@ -13,6 +13,12 @@ from core.errors import ConfigurationError
 from core.imports import allowed_packages
 from core.secrets import redact, secret_in
 
+LARGEST = 1_000_000
+"""Bytes of a config."""
+MOST = 50_000
+"""Values of a config, aliases written out."""
+DEEPEST = 40
+
 
 class Parser(ArgumentParser):
     """jsonargparse's, with short errors."""
@@ -56,12 +62,26 @@ def check_arguments(arguments: list[str]) -> None:
         if is_config or (value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file()):
             content = read_config(value)
             refuse_secrets(content, f"{value}: ")
+            check_named(content, Path(value).parent)
             model = content.get("model")
             if is_config and isinstance(model, dict) and "class_path" in model:
                 methods[value] = str(model["class_path"]).rpartition(".")[2]
     if len(set(methods.values())) > 1:
         told = ", ".join(f"{file} is of {method}" for file, method in methods.items())
         raise ConfigurationError(f"the configs contradict each other: {told}; name the config of one method")
+
+
+def check_named(content: Any, folder: Path, depth: int = 0) -> None:
+    """Check the configs that a config names in the place of a section, as the parser reads these too."""
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        if isinstance(value, (dict, list)):
+            check_named(value, folder, depth)
+        elif isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
+            for file in (folder / value, Path(value)):
+                if file.is_file() and depth < DEEPEST:
+                    inner = loaded_file(file)
+                    refuse_secrets(inner, f"{file}: ")
+                    check_named(inner, file.parent, depth + 1)
 
 
 def named_values(arguments: list[str]) -> list[tuple[str, str]]:
@@ -77,11 +97,46 @@ def named_values(arguments: list[str]) -> list[tuple[str, str]]:
 
 
 def loaded_yaml(text: str) -> Any:
-    """The text as YAML, as the parser will read it, or as it is."""
+    """The text as YAML, as the parser will read it, or as it is.
+
+    Raises:
+        ConfigurationError: If it is more than any option holds.
+    """
     try:
-        return yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    except RecursionError:
+        raise too_much(f"an option ({text[:40]!r}...)") from None
+    check_bounded(content, f"an option ({text[:40]!r}...)")
+    return content
+
+
+def check_bounded(content: Any, where: str) -> None:
+    """Refuse values nested too deeply, within themselves, or whose aliases multiply: the parser would copy each."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any, depth: int) -> int:
+        if depth > DEEPEST:
+            raise too_much(where)
+        if not isinstance(value, (dict, list, tuple)):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = MOST  # what it counts within itself
+            inner = [*value, *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(size(item, depth + 1) for item in inner)
+        if sizes[id(value)] > MOST:
+            raise too_much(where)
+        return sizes[id(value)]
+
+    size(content, 0)
+
+
+def too_much(where: str) -> ConfigurationError:
+    """What to say of values that no config holds."""
+    return ConfigurationError(
+        f"{where} holds more than {MOST:,} values, {DEEPEST} levels, or itself; no config of this suite does"
+    )
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -97,18 +152,33 @@ def read_config(path: str) -> dict[str, Any]:
         beside = sorted(str(other) for other in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
         near = did_you_mean(path, beside)
         raise ConfigurationError(f"--config {path} {'is no file' if file.exists() else 'does not exist'}{near}")
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--config {path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        told = redact(" ".join(str(error).split()))
-        raise ConfigurationError(f"--config {path} is no YAML of plain values: {told[:300]}") from error
+    content = loaded_file(file)
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} holds no options but {type(content).__name__}")
     for section, options in content.items():
         if isinstance(options, list):
             raise ConfigurationError(f"--config {path}: {section} must hold options, got a list")
+    return content
+
+
+def loaded_file(file: Path) -> Any:
+    """A file's content as YAML.
+
+    Raises:
+        ConfigurationError: If it is no YAML of plain values, or more than any config holds.
+    """
+    if file.stat().st_size > LARGEST:
+        raise ConfigurationError(f"--config {file} has more than {LARGEST:,} bytes; no config of this suite does")
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except RecursionError:
+        raise too_much(f"--config {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--config {file} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        told = redact(" ".join(str(error).split()))
+        raise ConfigurationError(f"--config {file} is no YAML of plain values: {told[:300]}") from error
+    check_bounded(content, f"--config {file}")
     return content
 
 

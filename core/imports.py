@@ -36,17 +36,31 @@ def own_modules(directory: Path) -> list[str]:
 
     A folder without ``__init__.py`` is none: a downloaded model's folder may hold any file.
     """
-    names = {path.stem for path in directory.glob("*.py")} | {
+    return sorted(name for name in _modules_in(directory) if _found_in(name, directory))
+
+
+def shadowed(path: str) -> str:
+    """What to say of an import path whose module of the current directory has an installed one's name; else nothing."""
+    name = path.partition(".")[0]
+    if name not in _modules_in(Path.cwd()) or _found_in(name, Path.cwd()):
+        return ""
+    return (
+        f"{name} of the current directory has the name of an installed module, which is what an import finds; give it "
+        "a name of its own"
+    )
+
+
+def _modules_in(directory: Path) -> set[str]:
+    return {path.stem for path in directory.glob("*.py")} | {
         path.parent.name for path in directory.glob("*/__init__.py")
     }
-    return sorted(name for name in names if _found_in(name, directory))
 
 
 def _found_in(name: str, directory: Path) -> bool:
     if not name.isidentifier() or name in sys.stdlib_module_names or name == "jsonargparse":
         return False
-    spec = PathFinder.find_spec(name)
     loaded = getattr(sys.modules.get(name), "__file__", None)
+    spec = None if loaded else PathFinder.find_spec(name)
     origin = loaded or (spec.origin if spec else None)
     return origin is not None and Path(origin).resolve().is_relative_to(directory.resolve())
 

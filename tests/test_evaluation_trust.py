@@ -257,7 +257,10 @@ def perturbed(model_dir: Path, target: Path) -> None:
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (Reply(status=401), r"401: the key is not accepted, check NVIDIA_API_KEY"),
+        (
+            Reply(status=401),
+            r"401: the key is not accepted, check REWARD_API_KEY, sent where REWARD_API_HOST is 127",
+        ),
         (Reply(status=402), r"402: the account has no credits left"),
         (Reply(status=404), r"404: the model .*70b-reward is not there for this account; name another model"),
         (Reply(status=410), r"410: the model .*70b-reward was retired; name another model, a server of your own"),

@@ -56,8 +56,14 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme in {*getproxies_environment(), "http", "https", "all", "no"}:
         monkeypatch.delenv(f"{scheme}_proxy", raising=False)
         monkeypatch.delenv(f"{scheme}_proxy".upper(), raising=False)
-    for name in ("NVIDIA_API_KEY", "NETRC"):
+    for name in ("NVIDIA_API_KEY", "REWARD_API_KEY", "REWARD_API_HOST", "NETRC"):
         monkeypatch.delenv(name, raising=False)
+
+
+def key_for_server(monkeypatch: pytest.MonkeyPatch, server: RewardServer, key: str = KEY) -> None:
+    """The key of a server of one's own, and the host it is for."""
+    monkeypatch.setenv("REWARD_API_KEY", key)
+    monkeypatch.setenv("REWARD_API_HOST", f"127.0.0.1:{server.server_port}")
 
 
 def client(server: RewardServer, **options: Any) -> NemotronReward:
@@ -89,7 +95,7 @@ def test_the_hosted_api_gets_a_system_turn_at_the_head_of_the_first_user_turn(
     server: RewardServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nemotron, "HOSTED_URL", server.url)
-    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    key_for_server(monkeypatch, server)
     prompt = [{"role": "system", "content": "Be brief."}, *PROMPT, {"role": "assistant", "content": "Yes?"}, PROMPT[0]]
     client(server)([prompt], ["Hello."])
     assert server.asked[0].body["messages"] == [
@@ -125,7 +131,7 @@ def test_a_prompt_without_a_system_turn_is_folded_to_itself() -> None:
 
 
 def test_the_key_is_sent_as_a_bearer_token(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVIDIA_API_KEY", f" {KEY}\n")
+    key_for_server(monkeypatch, server, f" {KEY}\n")
     score_one(client(server))
     assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
     assert KEY not in json.dumps(server.asked[0].body)
@@ -145,7 +151,7 @@ def test_no_netrc_entry_is_sent(
     monkeypatch.setenv("NETRC", str(entry))
     assert requests.utils.get_netrc_auth(server.url) == ("me", "secret")
     if key:
-        monkeypatch.setenv("NVIDIA_API_KEY", key)
+        key_for_server(monkeypatch, server, key)
     score_one(client(server))
     assert server.asked[0].headers.get("Authorization") == (f"Bearer {key}" if key else None)
 
@@ -173,7 +179,7 @@ def test_the_hosted_api_without_a_key_is_not_asked_at_all(
     with pytest.raises(ConfigurationError, match="NVIDIA_API_KEY is not set: export it"):
         score_one(client(server, base_url=server.url + end))
     assert server.asked == []
-    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    key_for_server(monkeypatch, server)
     assert score_one(client(server, base_url=server.url + end)) == -12.5
 
 
@@ -181,8 +187,8 @@ def test_the_hosted_api_without_a_key_is_not_asked_at_all(
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
     server: RewardServer, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setenv("NVIDIA_API_KEY", key)
-    with pytest.raises(ConfigurationError, match="NVIDIA_API_KEY holds") as caught:
+    key_for_server(monkeypatch, server, key)
+    with pytest.raises(ConfigurationError, match="REWARD_API_KEY holds") as caught:
         score_one(client(server))
     assert key not in str(caught.value)
     assert server.asked == []
@@ -191,7 +197,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
 def test_the_key_takes_no_way_through_a_proxy_to_this_machine(
     server: RewardServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    key_for_server(monkeypatch, server)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert score_one(client(server)) == -12.5
     assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
@@ -212,7 +218,7 @@ def test_a_prompt_for_each_completion_is_demanded(server: RewardServer) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_url": "integrate.api.nvidia.com/v1"}, "must begin with http:// or https://, got 'integrate"),
+        ({"base_url": "integrate.api.nvidia.com/v1"}, "must be http:// or https://, a host and a path, got 'integrate"),
         ({"parallel_requests": 0}, "parallel_requests must be at least 1, got 0"),
         ({"max_attempts": 0}, "max_attempts must be at least 1, got 0"),
         ({"requests_per_minute": -1}, "requests_per_minute must not be negative, got -1"),
@@ -342,9 +348,9 @@ def test_a_passing_failure_is_asked_again(server: RewardServer, clock: Clock, st
     [
         (301, "301"),
         (400, "400"),
-        (401, "401: the key is not accepted, check NVIDIA_API_KEY"),
+        (401, "401: the key is not accepted, check REWARD_API_KEY, sent where REWARD_API_HOST is {host}"),
         (402, "402: the account has no credits left; add some, or judge with a reward model of your own"),
-        (403, "403: the key may not use this model, check NVIDIA_API_KEY"),
+        (403, "403: the key may not use this model, check REWARD_API_KEY, sent where REWARD_API_HOST is {host}"),
         (404, f"404: the model org/judge is not there for this account; {ALTERNATIVES}"),
         (410, f"410: the model org/judge was retired; {ALTERNATIVES}"),
         (422, "422: the conversation is refused, it may be too long"),
@@ -358,6 +364,7 @@ def test_a_lasting_refusal_is_explained_and_not_asked_again(
     assert math.isnan(score_one(reward))
     assert len(server.asked) == 1
     assert clock.sleeps == []
+    advice = advice.format(host=f"127.0.0.1:{server.server_port}")
     assert reward.explained(status) == advice
     assert reward.last_error == f"{server.url} answers {advice}"
 
@@ -461,7 +468,7 @@ def test_a_reply_that_takes_too_long_is_asked_for_again(server: RewardServer) ->
 
 
 def test_a_redirect_is_not_followed(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    key_for_server(monkeypatch, server)
     for status in (302, 307, 308):
         server.asked.clear()
         server.answers(Reply(status=status, headers={"Location": f"{server.url}/elsewhere"}), text_reply("reward:2.5"))
@@ -477,7 +484,7 @@ def test_a_redirect_is_not_followed(server: RewardServer, monkeypatch: pytest.Mo
 def test_no_error_holds_the_key(
     server: RewardServer, clock: Clock, monkeypatch: pytest.MonkeyPatch, reply: Reply
 ) -> None:
-    monkeypatch.setenv("NVIDIA_API_KEY", KEY)
+    key_for_server(monkeypatch, server)
     server.answers(reply)
     reward = client(server, max_attempts=2)
     assert math.isnan(score_one(reward))

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.secrets import redact
 from datamodules.chat import CHATML_TEMPLATE
-from lightning_modules.rewards import CausalModelReward, NemotronReward, SGLangReward, VLLMReward
+from lightning_modules.rewards import CausalModelReward, SGLangReward, VLLMReward
 from lightning_modules.rewards.http import HTTPReward
+from lightning_modules.rewards.keys import NVIDIA_KEY, OWN_KEY
 from lightning_modules.rewards.vllm import last_number
 from tests.reward_server import Asked, Reply, RewardServer
 
@@ -22,7 +23,7 @@ RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_en
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NVIDIA_API_KEY", "VLLM_API_KEY", "SGLANG_API_KEY"):
+    for name in ("NVIDIA_API_KEY", "REWARD_API_KEY", "REWARD_API_HOST"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -101,9 +102,9 @@ def test_class_probabilities_are_no_score() -> None:
         last_number([0.2, 0.8])
 
 
-@pytest.mark.parametrize(("reward", "variable"), [(VLLMReward, "VLLM_API_KEY"), (SGLangReward, "SGLANG_API_KEY")])
-def test_a_server_gets_its_own_key_and_no_other(
-    server: RewardServer, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, variable: str
+@pytest.mark.parametrize("reward", [VLLMReward, SGLangReward])
+def test_a_server_of_ones_own_gets_its_key_where_it_is_named(
+    server: RewardServer, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, reward: Any
 ) -> None:
     def respond(asked: Asked) -> Reply:
         pooled = {"data": [{"data": [1.0]}]}
@@ -111,16 +112,18 @@ def test_a_server_gets_its_own_key_and_no_other(
 
     server.respond = respond
     monkeypatch.setenv("NVIDIA_API_KEY", "nvapi-not-for-you")
-    assert score_one(reward(str(tiny_model_dir), server.url.removesuffix("/v1"))) == 1.0
-    monkeypatch.setenv(variable, "own-key")
-    assert score_one(reward(str(tiny_model_dir), server.url.removesuffix("/v1"))) == 1.0
-    assert [asked.headers.get("Authorization") for asked in server.asked] == [None, "Bearer own-key"]
+    monkeypatch.setenv("REWARD_API_KEY", "own-key")
+    for host in ("", "127.0.0.1", "localhost", f"127.0.0.1:{server.server_port}"):
+        monkeypatch.setenv("REWARD_API_HOST", host)
+        assert score_one(reward(str(tiny_model_dir), server.url.removesuffix("/v1"))) == 1.0
+    assert [asked.headers.get("Authorization") for asked in server.asked] == [None, None, None, "Bearer own-key"]
 
 
-@pytest.mark.parametrize("reward", [NemotronReward, VLLMReward, SGLangReward])
-def test_the_key_of_every_server_is_kept_out_of_what_is_printed(reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(reward.key_variable, "a-key-of-no-known-form")
-    assert redact("refused: a-key-of-no-known-form") == "refused: ***"
+def test_every_key_is_kept_out_of_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (NVIDIA_KEY, OWN_KEY):
+        monkeypatch.setenv(variable, "a-key-of-no-known-form")
+        assert redact("refused: a-key-of-no-known-form") == "refused: ***"
+        monkeypatch.delenv(variable)
 
 
 def test_a_nemotron_style_model_is_read_at_logit_0_of_the_last_position(tiny_model_dir: Path) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 
 from callbacks import HuggingFaceExport, hugging_face_export
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.hugging_face_export import check_place
 from commands.checkpoints import checkpoints
 from commands.run_folder import FolderLock, RunFolder
 from core.errors import ConfigurationError
@@ -136,26 +137,29 @@ def test_an_export_goes_to_a_new_name_in_the_run_s_folder(name: str) -> None:
 
 @pytest.mark.parametrize("place", ["final", "final.partial", "final.old"])
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_an_export_replaces_nothing_but_an_export(place: str, kind: str, config: Any, tmp_path: Path, cli: Cli) -> None:
-    """It says so before training, and what is there stays as it was."""
-    elsewhere = tmp_path / "elsewhere"
+def test_an_export_replaces_nothing_but_an_export(place: str, kind: str, tmp_path: Path) -> None:
+    elsewhere, taken = tmp_path / "elsewhere", tmp_path / place
     elsewhere.mkdir()
     (elsewhere / "thesis.txt").write_text("mine")
-    taken = tmp_path / "run" / place
-    taken.parent.mkdir()
     if kind == "link":
         taken.symlink_to(elsewhere)
     elif kind == "file":
         taken.write_text("mine")
     else:
         elsewhere.rename(taken)
+    told = "is a link, and an export replaces no link" if kind == "link" else "is no model that a run exported"
+    with pytest.raises(ConfigurationError, match=told):
+        check_place(tmp_path / "final")
+
+
+def test_what_an_export_would_replace_is_told_before_training(config: Any, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "thesis.txt").write_text("mine")
     before = content(tmp_path)
     result = cli("fit", "--config", config("SFTModule"))
-    told = "is a link, and an export replaces no link" if kind == "link" else "is no model that a run exported"
-    assert_refused(result, f"{taken} {told}")
+    assert_refused(result, "run/final is no model that a run exported, so it is not replaced; move it away")
     assert before.items() <= content(tmp_path).items()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert taken.is_symlink() == (kind == "link")
 
 
 def test_an_export_that_fails_leaves_the_one_before_as_it_was(

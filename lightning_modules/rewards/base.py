@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 from core.errors import ConfigurationError
-from core.imports import is_allowed
+from core.imports import is_allowed, shadowed
 from datamodules.chat import Message
 from lightning_modules.rewards.reward_model import ModelReward
 
@@ -74,6 +74,8 @@ def resolve_reward(reward: Reward | str, *, option: str = "model.reward") -> Rew
     if Path(reward).is_dir() or "/" in reward or "." not in reward:
         return ModelReward(model_name=reward, option=option)
     function = _imported(reward)
+    if function is None and (told := shadowed(reward)):
+        raise ConfigurationError(f"{option} {reward}: {told}")
     if function is None:
         raise ConfigurationError(
             f"no reward at the import path {reward!r}: name in {option} a function (prompts, completions) -> "

@@ -1,18 +1,17 @@
 """What rewards behind HTTP share: the session and its key, the limits, and scores as they arrive."""
 
-import ipaddress
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import requests
 
 from core.errors import ConfigurationError
 from datamodules.chat import Message
 from lightning_modules.rewards.asking import Asking, answered
+from lightning_modules.rewards.keys import advice, checked_url, key_for, on_this_machine
 from lightning_modules.rewards.rate_limit import RateLimiter
 
 ALTERNATIVES = (
@@ -25,7 +24,7 @@ class HTTPReward:
     """Base of the rewards behind HTTP: a subclass says what to send and where the score is in the reply.
 
     A completion that could not be scored is NaN, and ``last_error`` says why in one line without the key. The key
-    comes from the environment alone, and goes over TLS or to this machine only.
+    comes from the environment alone, and goes to its owner's hosts alone (:mod:`lightning_modules.rewards.keys`).
 
     Args:
         model: The model's name on the server.
@@ -38,8 +37,6 @@ class HTTPReward:
         max_calls: Most requests of a run, further attempts and the preflight's included; no limit where not given.
     """
 
-    key_variable: ClassVar[str]
-    """The environment variable that holds the key."""
     models_path: ClassVar[str] = ""
     """Where below ``base_url`` the server lists what it serves, if it does."""
 
@@ -54,10 +51,6 @@ class HTTPReward:
         time_limit_s: float = 3600.0,
         max_calls: int | None = None,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise ConfigurationError(
-                f"the base_url of the reward must begin with http:// or https://, got {base_url!r}"
-            )
         for option, value in (
             ("parallel_requests", parallel_requests),
             ("max_attempts", max_attempts),
@@ -70,7 +63,7 @@ class HTTPReward:
                 raise ConfigurationError(f"the reward's {name} must be positive, got {seconds}")
         self.model = model
         self.name = model
-        self.base_url = base_url.rstrip("/")
+        self.base_url = checked_url(base_url)
         self.requests_per_minute: int | float = requests_per_minute
         self.parallel_requests = parallel_requests
         self.timeout_s = timeout_s
@@ -149,10 +142,8 @@ class HTTPReward:
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=self.parallel_requests)
         session.mount("https://", adapter)
         session.mount("http://", adapter)
-        key = os.environ.get(self.key_variable, "").strip()
-        if key and keeps_a_secret(self.base_url):
-            if not (key.isascii() and key.isprintable()) or " " in key:
-                raise ConfigurationError(f"{self.key_variable} holds a space or a letter that no key has; set it again")
+        _, key = key_for(self.base_url)
+        if key:
             session.headers["Authorization"] = f"Bearer {key}"
         else:
             self.demand_key()
@@ -160,26 +151,12 @@ class HTTPReward:
 
     def explained(self, status: int) -> str:
         """A refusal, with what to do about it."""
-        advice = {
-            401: f"the key is not accepted, check {self.key_variable}",
+        told = {
+            401: f"the key is not accepted, {advice(self.base_url)}",
             402: "the account has no credits left; add some, or judge with a reward model of your own",
-            403: f"the key may not use this model, check {self.key_variable}",
+            403: f"the key may not use this model, {advice(self.base_url)}",
             404: f"the model {self.model} is not there for this account; {ALTERNATIVES}",
             410: f"the model {self.model} was retired; {ALTERNATIVES}",
             422: "the conversation is refused, it may be too long",
         }
-        return f"{status}: {advice[status]}" if status in advice else str(status)
-
-
-def keeps_a_secret(url: str) -> bool:
-    """Whether a key may be sent there: over TLS, or without leaving this machine."""
-    return urlsplit(url).scheme == "https" or on_this_machine(url)
-
-
-def on_this_machine(url: str) -> bool:
-    """Whether the address is a loopback one."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return f"{status}: {told[status]}" if status in told else str(status)

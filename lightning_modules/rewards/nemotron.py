@@ -19,7 +19,7 @@ ATTRIBUTE_WEIGHTS = {"helpfulness": 0.3, "correctness": 0.74, "coherence": 0.46,
 class NemotronReward(HTTPReward):
     """Asks a Nemotron reward model for the quality of the last assistant turn; a reply without a score is NaN.
 
-    The key comes from the environment variable ``NVIDIA_API_KEY`` alone, and goes over TLS or to this machine only.
+    NVIDIA's hosts get ``NVIDIA_API_KEY``, a server of one's own ``REWARD_API_KEY`` where ``REWARD_API_HOST`` names it.
 
     Args:
         model: The model's name on the server.
@@ -28,7 +28,6 @@ class NemotronReward(HTTPReward):
             machine. 0 for no limit.
     """
 
-    key_variable = "NVIDIA_API_KEY"
     models_path = "/models"
 
     def __init__(

@@ -15,14 +15,13 @@ class SGLangReward(HTTPReward):
     """Asks SGLang's ``/classify`` for the score of a sequence classifier with one label.
 
     The conversation is rendered here, with the template of ``model``. A key, where the server wants one, comes from
-    ``SGLANG_API_KEY``.
+    ``REWARD_API_KEY`` (and ``REWARD_API_HOST`` names the server).
 
     Args:
         model: Hub id or directory of the model that is served.
         base_url: The server, without a path.
     """
 
-    key_variable = "SGLANG_API_KEY"
     models_path = "/v1/models"
 
     def __init__(self, model: str, base_url: str = "http://127.0.0.1:30000", **options: Any) -> None:

@@ -19,7 +19,7 @@ class VLLMReward(HTTPReward):
     """Asks vLLM's ``/pooling`` or ``/classify`` for the score of a sequence classifier with one label.
 
     vLLM's activation (a sigmoid for one label) is asked to stay off, so that scores are logits. A key, where the
-    server wants one, comes from ``VLLM_API_KEY``.
+    server wants one, comes from ``REWARD_API_KEY`` (and ``REWARD_API_HOST`` names the server).
 
     Args:
         model: The model's name on the server; for ``classify`` also where its chat template is found.
@@ -27,7 +27,6 @@ class VLLMReward(HTTPReward):
         endpoint: ``pooling`` renders the conversation on the server; ``classify`` takes it rendered here.
     """
 
-    key_variable = "VLLM_API_KEY"
     models_path = "/v1/models"
 
     def __init__(
