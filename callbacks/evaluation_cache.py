@@ -2,48 +2,62 @@
 
 import hashlib
 import json
+import math
+import os
 import sqlite3
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from core.errors import ConfigurationError
+from core.files import OWN
+
+TABLES = {
+    "scores": "(key TEXT PRIMARY KEY, score REAL NOT NULL)",
+    "completions": "(key TEXT PRIMARY KEY, completion TEXT NOT NULL, tokens INTEGER NOT NULL)",
+}
+Result = TypeVar("Result")
+
+
+class DamagedError(Exception):
+    """The file is no cache, or not whole."""
 
 
 class EvaluationCache:
     """Completions and scores in a SQLite file that several processes may use at once.
 
     A value is there for good once it is kept, even if the process is killed in the next moment. Where nothing more
-    can be written, as on a full disk, that is told once and the evaluation goes on without.
+    can be written, as on a full disk, that is told once and the evaluation goes on without. A file that is damaged
+    or something else is set aside under another name, and told.
 
     Args:
-        path: The file; made with its directory where it is not there.
+        path: The file; made with its directory where it is not there, for its user alone to read.
 
     Raises:
-        ConfigurationError: If the file cannot be written.
+        ConfigurationError: If the file cannot be written, or is a link.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writes = True
+        if path.is_symlink():
+            raise ConfigurationError(f"{path} is a link, and no cache is kept behind one; change evaluation.cache_dir")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, timeout=60.0, isolation_level=None)
-            # Written through to the operating system, which a kill of the process does not reach. Only a power
-            # failure can cost what was not yet on the disk.
-            self._file.execute("PRAGMA synchronous = OFF")
-            self._file.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL NOT NULL)")
-            self._file.execute(
-                "CREATE TABLE IF NOT EXISTS completions "
-                "(key TEXT PRIMARY KEY, completion TEXT NOT NULL, tokens INTEGER NOT NULL)"
-            )
-        except (sqlite3.Error, OSError) as error:
+            try:
+                self._file = opened(path)
+            except DamagedError as error:
+                self._set_aside(error)
+        except (sqlite3.Error, OSError, DamagedError) as error:
             raise ConfigurationError(f"cannot keep scores in {path} ({error}); change evaluation.cache_dir") from error
 
     def score(self, key: str) -> float | None:
-        """The score kept under a key."""
-        row = self._file.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()
-        return None if row is None else float(row[0])
+        """The score kept under a key; None for what is no finite number."""
+        row = self._row("SELECT score FROM scores WHERE key = ?", key)
+        if row is None or not isinstance(row[0], (int, float)) or not math.isfinite(row[0]):
+            return None
+        return float(row[0])
 
     def keep_score(self, key: str, score: float) -> None:
         """Keep a score."""
@@ -51,24 +65,80 @@ class EvaluationCache:
 
     def completion(self, key: str) -> tuple[str, int] | None:
         """The completion kept under a key, and its length in tokens."""
-        row = self._file.execute("SELECT completion, tokens FROM completions WHERE key = ?", (key,)).fetchone()
-        return None if row is None else (str(row[0]), int(row[1]))
+        row = self._row("SELECT completion, tokens FROM completions WHERE key = ?", key)
+        if row is None or not isinstance(row[0], str) or not isinstance(row[1], int) or row[1] < 0:
+            return None
+        return row[0], row[1]
 
     def keep_completion(self, key: str, completion: str, tokens: int) -> None:
         """Keep a completion."""
         self._write("INSERT OR REPLACE INTO completions VALUES (?, ?, ?)", key, completion, tokens)
 
-    def _write(self, statement: str, *values: Any) -> None:
-        if self._writes:
-            try:
-                self._file.execute(statement, values)
-            except sqlite3.Error as error:
-                self._writes = False
-                warnings.warn(f"no more scores are kept in {self._path} ({error})", stacklevel=3)
-
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _row(self, statement: str, key: str) -> Any:
+        return self._tried(lambda: self._file.execute(statement, (key,)).fetchone())
+
+    def _write(self, statement: str, *values: Any) -> None:
+        if self._writes:
+            try:
+                self._tried(lambda: self._file.execute(statement, values))
+            except (sqlite3.Error, OSError, DamagedError) as error:
+                self._writes = False
+                warnings.warn(f"no more scores are kept in {self._path} ({error})", stacklevel=3)
+
+    def _tried(self, work: Callable[[], Result]) -> Result:
+        """The work's result, on a new file where the old one turns out to be damaged."""
+        try:
+            return work()
+        except sqlite3.OperationalError:  # locked, full or read-only: the file itself is well
+            raise
+        except (sqlite3.DatabaseError, OverflowError) as error:
+            self._file.close()
+            self._set_aside(error)
+            return work()
+
+    def _set_aside(self, why: Exception) -> None:
+        """Give the file another name and begin a new one."""
+        aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
+        os.rename(self._path, aside)
+        for journal in ("-journal", "-wal", "-shm"):  # they would be played into the new file
+            beside = self._path.with_name(self._path.name + journal)
+            if beside.exists():
+                os.rename(beside, aside.with_name(aside.name + journal))
+        warnings.warn(f"{self._path} cannot be used ({why}) and is now {aside.name}; a new one is begun", stacklevel=4)
+        self._file = opened(self._path)
+
+
+def opened(path: Path) -> sqlite3.Connection:
+    """A connection to the file, with its tables.
+
+    Raises:
+        DamagedError: If it is no cache.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), OWN))
+    file = sqlite3.connect(path, timeout=60.0, isolation_level=None)
+    try:
+        # Written through to the operating system, which a kill of the process does not reach. Only a power failure
+        # can cost what was not yet on the disk.
+        file.execute("PRAGMA synchronous = OFF")
+        there = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if there - set(TABLES):
+            raise DamagedError(f"it has the tables {sorted(there)}")
+        for table, columns in TABLES.items():
+            file.execute(f"CREATE TABLE IF NOT EXISTS {table} {columns}")
+            found = [row[1] for row in file.execute(f"PRAGMA table_info({table})")]
+            if found != [column.split()[0] for column in columns[1:-1].split(", ")]:
+                raise DamagedError(f"its {table} have the columns {found}")
+    except BaseException as error:
+        file.close()
+        if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+            raise DamagedError(str(error)) from error
+        raise
+    return file
 
 
 class ScoreMemory:

@@ -37,8 +37,8 @@ class HuggingFaceExport(Callback):
         plain = NAME.fullmatch(directory) and not directory.endswith((".", ".partial", ".old"))
         if not plain or directory.lower() in TAKEN:
             raise ConfigurationError(
-                f"export.directory must be a new name within the run's folder, of letters, digits, dots, - and _; "
-                f"got {directory!r}"
+                f"export.directory must be a new name within the run's folder, got {directory!r}; it may have letters, "
+                "digits, dots, - and _"
             )
         self.directory = directory
 

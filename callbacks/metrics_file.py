@@ -1,15 +1,21 @@
 """A logger that appends every metric to ``metrics.jsonl`` in the run's folder, for ``compare`` and for anyone else."""
 
+import errno
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
+
+from core.files import OWN, SHARED
+
+TABLES = "tables.jsonl"
 
 
 class MetricsFile(Logger):
@@ -24,6 +30,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.directory = Path(directory)
         self.file_name = file_name
+        self._told = False
 
     @property
     @override
@@ -55,9 +62,24 @@ class MetricsFile(Logger):
         """Append the rows of a table."""
         for row in data:
             cells = [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row]
-            self._append("tables.jsonl", {"table": key, **dict(zip(columns, cells, strict=True))})
+            self._append(TABLES, {"table": key, **dict(zip(columns, cells, strict=True))})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Append a line; a disk that takes none costs a warning and that line, never the run or a line before."""
+        path = self.directory / name
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, flags, OWN if name == TABLES else SHARED)
+            try:
+                before = os.fstat(descriptor).st_size
+                if os.write(descriptor, line) < len(line):
+                    os.ftruncate(descriptor, before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if not self._told:
+                rank_zero_warn(f"{path} takes no more lines ({error.strerror}); training goes on without")
+            self._told = True

@@ -212,7 +212,10 @@ class NemotronEvaluation(Callback):
 
         def tell() -> None:
             if trainer.is_global_zero:
-                write(directory, metrics, pairs)
+                try:
+                    write(directory, metrics, pairs)
+                except OSError as error:  # an epoch without its files must not end a training
+                    rank_zero_warn(f"{directory} has no files of this evaluation ({error.strerror}); make room there")
                 report(metrics, list(dict.fromkeys(share.error for share in shares if share.error)))
                 log_pairs(trainer.loggers, pairs)
 

@@ -35,6 +35,8 @@ class Signals(_SignalConnector):
         self.received = 0
         self.at_once = False
         """Whether the user would not wait for the save."""
+        self.stepping = False
+        """Whether a training step has begun, so that there is something to save."""
 
     @override
     def register_signal_handlers(self) -> None:
@@ -48,13 +50,16 @@ class Signals(_SignalConnector):
     def _note(self, signum: int, frame: FrameType | None) -> None:
         """In a fit of several processes, and in every training step, only note it; else end there and then.
 
-        A second Ctrl-C ends in any case, and nothing is saved.
+        Before the first step, as in DPO's pass of the reference, every process ends by itself: what is computed there
+        is kept batch by batch. A second Ctrl-C ends in any case, and nothing is saved.
         """
         first = not self.received
         self.received = signum
         fits = self.trainer.state.fn == TrainerFn.FITTING
         self.at_once = not first and signum == signal.SIGINT
-        ends = self.at_once or (first and (not fits or (self.trainer.world_size == 1 and not self.trainer.training)))
+        prepares = not self.stepping and not self.trainer.validating
+        alone = self.trainer.world_size == 1 and not self.trainer.training
+        ends = self.at_once or (first and (not fits or prepares or alone))
         if signum == signal.SIGINT and self.trainer.is_global_zero:
             told = "interrupted" if ends else "interrupted: saving after this step; Ctrl-C again ends at once, without"
             os.write(2, f"\n{told}\n".encode())  # a print may be under way in what is interrupted
@@ -82,6 +87,10 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if signum := asked(trainer):
             raise leave(trainer, signum)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        trainer._signal_connector.stepping = True  # type: ignore[attr-defined]
 
     @override
     def on_train_batch_end(

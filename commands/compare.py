@@ -11,11 +11,16 @@ from commands.compare_tracking import track
 from commands.pairwise import pairwise
 from commands.parsing import Parser
 from commands.report import render_report
+from commands.run_files import Reader
 from commands.runs import Run, differences, read_runs
 from commands.tables import headline_table, pairwise_table
 from commands.verdicts import verdicts
+from core.errors import ConfigurationError
 from core.files import check_writable, without_nan, write_whole
+from core.text import printable
 
+MARK = "<title>Comparison: "
+"""In every page that a comparison wrote."""
 Mode = Literal["online", "offline", "disabled"]
 
 
@@ -38,6 +43,7 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
         ConfigurationError: If a folder is no run, no run has an evaluation, or the output cannot be written.
     """
     check_writable(output, option="--output")
+    check_own(output)
     runs = read_runs(directories)
     notes = differences(runs)
     matches = pairwise(runs)
@@ -48,10 +54,13 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
         console.print(pairwise_table(matches))
     for line in [*(f"note: {note}" for note in notes), "Did they get better?", *(f"  {told}" for told in answers)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    write_whole(output / "summary.json", json.dumps(summary(runs, matches, answers, notes), indent=2) + "\n")
     page = render_report(runs, matches, answers=answers, notes=notes)
-    write_whole(output / "report.html", page)
-    console.print(f"report: {output / 'report.html'}", soft_wrap=True)
+    try:
+        write_whole(output / "summary.json", json.dumps(summary(runs, matches, answers, notes), indent=2) + "\n")
+        write_whole(output / "report.html", page)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write into {output} ({error.strerror}); change --output") from error
+    console.print(f"report: {printable(str(output / 'report.html'))}", markup=False, highlight=False, soft_wrap=True)
     mode = wandb_mode or environment_mode()
     if mode == "disabled":
         return
@@ -60,6 +69,16 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     except Exception as error:  # whatever W&B has: the report is there
         told = str(error).strip().partition("\n")[0]
         console.print(f"note: W&B has no comparison ({type(error).__name__}: {told})", markup=False, soft_wrap=True)
+
+
+def check_own(output: Path) -> None:
+    """Raise a ConfigurationError where the comparison would replace files that no comparison wrote."""
+    reader = Reader("")
+    known = reader.mapping(output / "summary.json").keys() >= {"runs", "pairwise"}
+    page = reader.text(output / "report.html")
+    for name, own in (("summary.json", known), ("report.html", MARK in page)):
+        if (output / name).is_symlink() or ((output / name).exists() and not own):
+            raise ConfigurationError(f"{output / name} is of no comparison, so it is not replaced; change --output")
 
 
 def summary(runs: list[Run], matches: list[dict[str, Any]], answers: list[str], notes: list[str]) -> dict[str, Any]:

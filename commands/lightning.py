@@ -78,8 +78,13 @@ class SaveConfig(SaveConfigCallback):
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)  # and not a logger's, as which loggers there are is the user's affair
-        write_whole(folder / "config.yaml", self.parser.dump(self.config, skip_none=False))
-        write_whole(folder / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
+        try:
+            write_whole(folder / "config.yaml", self.parser.dump(self.config, skip_none=False))
+            write_whole(folder / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write into {folder} ({error.strerror}); make room there, or change trainer.default_root_dir"
+            ) from error
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
 

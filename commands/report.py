@@ -11,7 +11,8 @@ from plotly.offline import get_plotlyjs
 
 from commands.browser import browser_data
 from commands.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
-from commands.runs import Run, is_number
+from commands.run_files import is_number
+from commands.runs import Run
 from commands.tables import HEADLINE, headline_cells, interval, pairwise_cell, percent
 
 BREAKDOWNS = (("win_rate_by_prompt_length", "By prompt length"), ("win_rate_by_source", "By source"))

@@ -14,6 +14,7 @@ from typing_extensions import override
 from callbacks.hugging_face_export import is_export
 from commands.parsing import named_values, read_config
 from core.errors import ConfigurationError
+from core.text import printable
 
 LOGS = ("metrics.jsonl", "tables.jsonl", "validation.jsonl")
 MODEL_OPTIONS = {"model.model_name", "model.init_args.model_name"}
@@ -132,28 +133,35 @@ class FolderLock:
             return
         if str(self.path.resolve()) in HELD:  # closing a second descriptor of a file would give up the lock
             return
+        descriptor = self._opened()
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+                os.close(descriptor)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                    return
+                raise ConfigurationError(
+                    f"{self.path.parent} is in use: {printable(holder) or 'another process'} runs {self.command} "
+                    "there; wait for it, or name another --trainer.default_root_dir"
+                ) from error
+            if self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                break
+            os.close(descriptor)  # of a file that its holder has just removed
+            descriptor = self._opened()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        HELD[str(self.path.resolve())] = descriptor
+
+    def _opened(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         try:
-            descriptor = os.open(self.path, flags, 0o666)
+            return os.open(self.path, flags, 0o666)
         except OSError as error:
             raise ConfigurationError(
                 f"cannot write into {self.path.parent} ({error.strerror}); change trainer.default_root_dir"
             ) from error
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                os.close(descriptor)
-                return
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
-            os.close(descriptor)
-            raise ConfigurationError(
-                f"{self.path.parent} is in use: {holder or 'another process'} runs {self.command} there; wait for it, "
-                "or name another --trainer.default_root_dir"
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        HELD[str(self.path.resolve())] = descriptor
 
 
 HELD: dict[str, int] = {}
@@ -161,9 +169,11 @@ HELD: dict[str, int] = {}
 
 
 def give_up_locks() -> None:
-    """Give up every lock that this process has."""
+    """Give up every lock that this process has, and remove their files."""
     while HELD:
-        os.close(HELD.popitem()[1])
+        path, descriptor = HELD.popitem()
+        Path(path).unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 class StartOver(Callback):

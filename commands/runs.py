@@ -1,16 +1,20 @@
 """What the folders of runs tell: their evaluations, pairs, curves, options and versions, and whether they compare."""
 
-import json
-import math
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from safetensors import SafetensorError
 
+from commands.parsing import loaded_file
+from commands.run_files import Reader, is_number, is_pair, is_record
 from core.errors import ConfigurationError
+from core.text import printable
 from lightning_modules.identity import saved_tensors, tensors_digest
 
+EPOCH = re.compile(r"epoch=(\d{1,9})")
 SAME_FOR_ALL = ("reward_source", "reference", "prompts")
 """Metrics that must agree before win rates can be put side by side."""
 
@@ -35,6 +39,8 @@ class Run(NamedTuple):
     environment: dict[str, Any]
     final_digest: str | None = None
     """Of the weights in ``final/``, where the evaluation says which ones it judged."""
+    notes: Sequence[str] = ()
+    """What of the folder cannot be used."""
 
     @property
     def judge(self) -> tuple[str | None, str | None]:
@@ -56,13 +62,13 @@ def read_runs(directories: list[Path]) -> list[Run]:
         raise ConfigurationError(f"none of {', '.join(map(str, directories))} has an evaluation; run validate first")
     alike = Counter(run.name for run in runs)
     return [
-        run._replace(name=str(directory)) if alike[run.name] > 1 else run
+        run._replace(name=printable(str(directory))) if alike[run.name] > 1 else run
         for run, directory in zip(runs, directories, strict=True)
     ]
 
 
 def read_run(directory: Path) -> Run:
-    """Read a run's folder.
+    """Read a run's folder as far as it can be read, with notes of what cannot.
 
     Raises:
         ConfigurationError: If it is none.
@@ -70,41 +76,80 @@ def read_run(directory: Path) -> Run:
     config_file = directory / "config.yaml"
     if not config_file.is_file():
         raise ConfigurationError(f"{directory} has no config.yaml, so it is no run's folder; name folders of fit")
-    text = config_file.read_text("utf-8")
-    config = yaml.safe_load(text)
+    reader = Reader(printable(directory.resolve().name))
+    config = read_options(config_file, reader)
     epochs = {
-        int(folder.name.removeprefix("epoch=")): _json(folder / "metrics.json")
+        int(found[1]): metrics
         for folder in sorted((directory / "eval").glob("epoch=*"))
-        if (folder / "metrics.json").is_file()
+        if (found := EPOCH.fullmatch(folder.name)) and (metrics := reader.metrics(folder / "metrics.json"))
     }
     source = directory / "eval" / "final"
-    if not (source / "metrics.json").is_file() and epochs:
+    headline = reader.metrics(source / "metrics.json")
+    if not headline and epochs:
         source = directory / "eval" / f"epoch={max(epochs)}"
-    evaluated = (source / "metrics.json").is_file()
-    environment = directory / "environment.json"
-    headline = _json(source / "metrics.json") if evaluated else {}
-    final = directory / ((config.get("export") or {}).get("directory") or "final")
+        headline = epochs[max(epochs)]
     return Run(
-        name=directory.resolve().name,
-        method=config["model"]["class_path"].rpartition(".")[2].removesuffix("Module"),
+        name=reader.run,
+        method=text_at(config, "model", "class_path").rpartition(".")[2].removesuffix("Module") or "unknown",
         headline=headline,
         headline_from=source.name,
         epochs=epochs,
-        pairs=by_prompt(_json_lines(source / "pairs.jsonl")) if evaluated else {},
-        curves=read_curves(directory / "metrics.jsonl"),
-        config=text,
-        environment=_json(environment) if environment.is_file() else {},
-        final_digest=tensors_digest(saved_tensors(final)) if "model_digest" in headline and final.is_dir() else None,
+        pairs=by_prompt(reader.lines(source / "pairs.jsonl", is_pair)) if headline else {},
+        curves=read_curves(directory / "metrics.jsonl", reader),
+        config=reader.text(config_file),
+        environment=read_environment(directory / "environment.json", reader),
+        final_digest=digest_of(directory / (text_at(config, "export", "directory") or "final"), reader)
+        if "model_digest" in headline
+        else None,
+        notes=reader.notes,
     )
 
 
-def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+def read_options(file: Path, reader: Reader) -> dict[str, Any]:
+    """The options in ``config.yaml``; none where it holds something else."""
+    try:
+        content = loaded_file(file)
+    except ConfigurationError as error:
+        reader.note(file, f"cannot be used ({error})")
+        return {}
+    if not isinstance(content, dict):
+        reader.note(file, "holds no options")
+        return {}
+    return content
+
+
+def read_environment(file: Path, reader: Reader) -> dict[str, Any]:
+    """The versions that a run ran with."""
+    found = reader.mapping(file)
+    packages = found.get("packages")
+    return {**found, "packages": packages if isinstance(packages, dict) else {}} if found else {}
+
+
+def text_at(options: Any, *names: str) -> str:
+    """The text under nested names; empty where there is none."""
+    for name in names:
+        options = options.get(name) if isinstance(options, dict) else None
+    return printable(options) if isinstance(options, str) else ""
+
+
+def digest_of(directory: Path, reader: Reader) -> str | None:
+    """Of the weights of a model directory; None where there are none that can be read."""
+    if not any(directory.glob("*.safetensors")):
+        return None
+    try:
+        return tensors_digest(saved_tensors(directory))
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        reader.note(directory / "weights", f"cannot be read ({printable(str(error))})")
+        return None
+
+
+def read_curves(path: Path, reader: Reader) -> dict[str, list[tuple[int, float]]]:
     """Every metric's values by step; where a resumed run logged a step again, the later line counts."""
     curves: dict[str, dict[int, float]] = {}
-    for record in _json_lines(path):
+    for record in reader.lines(path, is_record):
         step = record.pop("step", None)
         for name, value in record.items():
-            if isinstance(value, (int, float)) and step is not None:
+            if is_number(value) and step is not None:
                 curves.setdefault(name, {})[step] = value
     return {name: sorted(points.items()) for name, points in curves.items()}
 
@@ -132,7 +177,8 @@ def prompts_of(runs: list[Run]) -> dict[PromptKey, dict[str, Any]]:
 def differences(runs: list[Run]) -> list[str]:
     """Why the runs may not be compared, or not trusted, as sentences."""
     evaluated = [run for run in runs if run.headline]
-    notes = [f"{run.name} has no evaluation" for run in runs if not run.headline]
+    notes = [note for run in runs for note in run.notes]
+    notes += [f"{run.name} has no evaluation" for run in runs if not run.headline]
     for key in SAME_FOR_ALL:
         values = {run.name: run.headline.get(key) for run in evaluated}
         if len(set(values.values())) > 1:
@@ -152,20 +198,3 @@ def differences(runs: list[Run]) -> list[str]:
         if not run.headline.get("valid", True)
     ]
     return notes
-
-
-def is_number(value: Any) -> bool:
-    """Whether there is a value; null and NaN stand for none."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return content
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]

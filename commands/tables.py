@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from commands.runs import Run, is_number
+from commands.run_files import is_number
+from commands.runs import Run
 
 WIDE = 150
 """Characters that a row of all headline metrics takes."""
@@ -36,9 +38,9 @@ def headline_table(runs: list[Run], *, width: int = WIDE) -> Table:
         caption="at equal length: by a logistic fit of outcomes on differences in tokens; - where these do not tell",
     )
     for place, column in enumerate(lines[0]):
-        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+        table.add_column(Text(column), justify="left" if place == 0 else "right", no_wrap=True)
     for line in lines[1:]:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     return table
 
 
@@ -65,11 +67,11 @@ def pairwise_table(matches: list[dict[str, Any]]) -> Table:
     table = Table(title="Row against column, on the same prompts: win rate, mean reward difference", show_lines=True)
     names = list(dict.fromkeys(match["row"] for match in matches))
     for column in ("run", *names):
-        table.add_column(column, justify="left" if column == "run" else "right")
+        table.add_column(Text(column), justify="left" if column == "run" else "right")
     cells = {(match["row"], match["column"]): pairwise_cell(match) for match in matches}
     for row in names:
         found = (cells.get((row, column), ()) for column in names)
-        table.add_row(row, *("\n".join(" ".join(line).strip() for line in cell) for cell in found))
+        table.add_row(Text(row), *(Text("\n".join(" ".join(line).strip() for line in cell)) for cell in found))
     return table
 
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from callbacks.evaluation_metrics import cannot_tell
-from commands.runs import Run, is_number
+from commands.run_files import is_number
+from commands.runs import Run
 from commands.tables import interval, number, percent
 
 

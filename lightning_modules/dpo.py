@@ -99,7 +99,7 @@ class DPOModule(FineTuningModule):
     def on_train_start(self) -> None:
         if self.precompute_reference:
             digest = weights_digest(self.reference.like(self.model))[:32]
-            name = f"reference-{digest}-{self.trainer.precision}-{self.device.type}.json"
+            name = f"reference-{digest}-{self.trainer.precision}-{self.device.type}.jsonl"
             file = Path(self.trainer.default_root_dir).parent / "cache" / name
             self._reference_table = ask_about_run(self.trainer, self.reference_log_probs, file)
             self.reference.free()

@@ -1,13 +1,11 @@
 """What a reference says of preference pairs, computed once and kept on disk under the content that it depends on."""
 
-import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from core.files import OWN
 from datamodules.batches import PreferenceBatch, TokenBatch
 
 PairTable = dict[str, tuple[float, float]]
@@ -35,27 +34,53 @@ def pair_keys(batch: PreferenceBatch) -> list[str]:
 
 
 def read_table(file: Path) -> PairTable:
-    """What a file holds; nothing where there is none or it is broken."""
+    """What a file holds: a pair a line, without lines that a kill or a full disk broke off."""
+    table: PairTable = {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        table = {str(key): (float(chosen), float(rejected)) for key, (chosen, rejected) in content.items()}
-        return {key: values for key, values in table.items() if all(map(math.isfinite, values))}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return table
+    for line in lines:
+        try:
+            key, chosen, rejected = json.loads(line)
+            values = float(chosen), float(rejected)
+        except (ValueError, TypeError, RecursionError, OverflowError):
+            continue
+        if all(map(math.isfinite, values)):
+            table[str(key)] = values
+    return table
 
 
-def write_table(file: Path, table: Mapping[str, tuple[float, float]]) -> None:
-    """Replace the file in one step, so that no reader sees a part of it; a full or read-only disk costs a warning."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as partial:
-            name = partial.name
-            json.dump(table, partial)
-        os.replace(name, file)
-    except OSError as error:
-        with contextlib.suppress(OSError, UnboundLocalError):
-            os.unlink(name)
-        rank_zero_warn(f"the reference's log-probabilities are not kept for another run: {error}")
+class TableFile:
+    """Appends pairs to a table as they become known, so that a run that is ended goes on from them.
+
+    Several processes and runs may append at once: every addition is one write. A full or read-only disk costs a
+    warning.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writes = True
+
+    def add(self, pairs: Mapping[str, tuple[float, float]]) -> None:
+        """Append pairs, behind a line break as the line before may have been broken off."""
+        if not self._writes or not pairs:
+            return
+        lines = (json.dumps([key, *values]) for key, values in pairs.items())
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, flags, OWN)
+            try:
+                os.write(descriptor, ("\n" + "\n".join(lines) + "\n").encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self._writes = False
+            rank_zero_warn(f"the reference's log-probabilities are not kept for another run: {error}")
 
 
 def merged_over_processes(table: PairTable) -> PairTable:
@@ -67,15 +92,15 @@ def merged_over_processes(table: PairTable) -> PairTable:
     return {key: values for part in tables for key, values in part.items()}
 
 
-def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tensor], file: Path) -> PairTable:
+def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tensor], path: Path) -> PairTable:
     """A table of every pair that the run will see, from the file as far as it has them; the file then has all.
 
     Args:
         trainer: About to train. Each process asks about the pairs of its own batches, and all get to know all.
         log_probs: What the reference gives to a batch's completions, all chosen first.
-        file: Where the table is kept.
+        path: Where the table is kept, batch by batch.
     """
-    table = read_table(file)
+    table, file = read_table(path), TableFile(path)
     cached = len(table)
     device = trainer.strategy.root_device
     for batch in _batches_of_run(trainer):
@@ -85,11 +110,11 @@ def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tenso
         here = PreferenceBatch(TokenBatch(*(tensor.to(device) for tensor in batch.tokens)))
         with trainer.precision_plugin.train_step_context():
             chosen, rejected = log_probs(here).chunk(2)
-        table.update(zip(keys, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+        found = dict(zip(keys, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+        file.add(found)
+        table.update(found)
     table = merged_over_processes(table)
-    rank_zero_info(f"reference log-probabilities: {len(table) - cached} pairs computed, {cached} read from {file}")
-    if len(table) > cached and trainer.is_global_zero:
-        write_table(file, table)
+    rank_zero_info(f"reference log-probabilities: {len(table) - cached} pairs computed, {cached} read from {path}")
     return table
 
 

@@ -145,7 +145,7 @@ def server() -> Iterator[RewardServer]:
 @pytest.fixture(autouse=True)
 def own_rate_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what a test sends out of the limits of everything else on this machine."""
-    monkeypatch.setattr(rate_limit, "limits_file", lambda: tmp_path / "limits.sqlite")
+    monkeypatch.setattr(rate_limit, "gettempdir", lambda: str(tmp_path))
 
 
 @pytest.fixture(autouse=True)

@@ -160,7 +160,8 @@ def test_a_planted_key_is_in_no_file_and_no_stream(config: Any, tmp_path: Path, 
         "init_args": {"base_url": server.url, "requests_per_minute": 0},
     }
     path = config("SFTModule", evaluation={"reward": reward, "temperature": 1.5})
-    environment = {**os.environ, "NVIDIA_API_KEY": key, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment |= {"REWARD_API_KEY": key, "REWARD_API_HOST": f"127.0.0.1:{server.server_port}"}
     command = [sys.executable, "cli.py", "fit", "--config", path]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -16,6 +16,7 @@ from callbacks.metrics_file import MetricsFile
 from commands import compare as command
 from commands.charts import thinned
 from commands.compare import compare
+from commands.run_files import Reader
 from commands.runs import read_curves, read_runs
 from commands.tables import headline_table
 from core.errors import ConfigurationError
@@ -210,8 +211,8 @@ def test_an_evaluation_of_other_weights_than_the_final_ones_is_noted(tmp_path: P
     ("arguments", "message"),
     [
         (["run", "run"], "run is named 2 times; name each run once"),
-        (["run", "--output", "run/config.yaml"], "run/config.yaml (File exists); change --output"),
-        (["run", "--output", "/proc/none"], "cannot write into /proc/none"),
+        (["run", "--output", "run/config.yaml"], "run/config.yaml' (File exists); change --output"),
+        (["run", "--output", "/proc/none"], "cannot write into '/proc/none'"),
         (["run", "--outptu", "x"], "there is no option '--outptu'; did you mean output?"),
         ([], "runs"),
     ],
@@ -252,7 +253,7 @@ def test_of_a_step_logged_twice_the_later_counts(tmp_path: Path) -> None:
     log.log_metrics({"train/loss": 1.0}, step=1)
     log.log_metrics({"train/loss": 9.0, "val/loss": float("nan")}, step=2)
     log.log_metrics({"train/loss": 2.0}, step=2)
-    assert read_curves(tmp_path / "metrics.jsonl") == {"train/loss": [(1, 1.0), (2, 2.0)]}
+    assert read_curves(tmp_path / "metrics.jsonl", Reader("run")) == {"train/loss": [(1, 1.0), (2, 2.0)]}
 
 
 def test_a_long_curve_is_drawn_as_the_means_of_neighbours() -> None:

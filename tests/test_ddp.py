@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lightning_modules.reference_cache import read_table
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,8 +44,8 @@ def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, t
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
     assert (run / "final" / "model.safetensors").is_file()
     if method == "DPOModule":
-        (cache,) = (tmp_path / "cache").glob("reference-*.json")
-        assert len(json.loads(cache.read_text())) == 7  # each process has asked about its own pairs
+        (cache,) = (tmp_path / "cache").glob("reference-*.jsonl")
+        assert len(read_table(cache)) == 7  # each process has asked about its own pairs
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("val/loss" in line or "val/score" in line for line in logged) == 1
     if method != "RewardModule":

@@ -15,7 +15,7 @@ from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.identity import weights_digest
 from lightning_modules.rewards import WeightedReward
 from lightning_modules.rewards.base import reward_identity
-from lightning_modules.rewards.http import keeps_a_secret
+from lightning_modules.rewards.keys import keeps_a_secret
 from lightning_modules.rewards.nemotron import NemotronReward
 from lightning_modules.rewards.rules import Mentions, brevity
 from tests.evaluation_run import evaluation, read, run

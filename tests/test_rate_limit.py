@@ -1,6 +1,8 @@
 """The limit of requests a minute: over threads, over processes, over a restart, and in any minute."""
 
+import contextlib
 import multiprocessing
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,13 +94,59 @@ def test_shares_of_a_limit_add_up_to_no_more_than_it(clock: Clock) -> None:
     assert not keeps_to(12, moments, 60.0)
 
 
-def test_a_clock_that_was_set_back_does_not_block(clock: Clock) -> None:
+def test_a_machine_that_was_started_anew_does_not_block(clock: Clock) -> None:
     limiter = RateLimiter(1, "source")
     clock.now += 1e6
     limiter.wait()
     clock.now -= 1e6
     limiter.wait()
     assert clock.sleeps == []
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_is_set_frees_no_turn(hours: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RateLimiter(1, "source").wait(give_up_at=0.0)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * hours)
+    assert not RateLimiter(1, "source").wait(give_up_at=0.0)
+
+
+def test_the_folder_is_its_user_s_alone(tmp_path: Path) -> None:
+    path = rate_limit.limits_file()
+    RateLimiter(1, "source").wait()
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.parent.chmod(0o777)
+    with pytest.raises(
+        ConfigurationError, match="is not this user's alone, so requests are not counted in it; set TMP"
+    ):
+        RateLimiter(1, "source").wait()
+    path.unlink()
+    path.parent.rmdir()
+    (tmp_path / "mine").mkdir(mode=0o700)
+    path.parent.symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigurationError, match="is not this user's alone"):
+        RateLimiter(1, "source").wait()
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_planted_link_is_not_followed_and_a_damaged_file_replaced(tmp_path: Path) -> None:
+    path, other = rate_limit.limits_file(), tmp_path / "other.sqlite"
+    other.write_bytes(b"")
+    path.symlink_to(other)
+    with pytest.raises(ConfigurationError, match="requests cannot be counted in"):
+        RateLimiter(1, "source").wait()
+    assert other.read_bytes() == b""
+    path.unlink()
+    for damage in (b"no database" * 500, None):
+        if damage is None:  # one of another program
+            path.unlink()
+            with contextlib.closing(sqlite3.connect(path)) as file:
+                file.execute("CREATE TABLE requests (id INTEGER)")
+        else:
+            path.write_bytes(damage)
+        assert RateLimiter(1, "source").wait(give_up_at=0.0)
+        assert not RateLimiter(1, "source").wait(give_up_at=0.0)
 
 
 def test_no_limit_never_waits_and_leaves_no_file(clock: Clock) -> None:

@@ -92,11 +92,12 @@ def test_epochs_shorter_than_the_data_are_asked_about_as_they_come(tiny_model_di
 def test_a_table_that_holds_no_number_is_asked_about_again(tiny_model_dir: Path, tmp_path: Path) -> None:
     fit(tiny_model_dir, tmp_path)
     (file,) = (tmp_path / "cache").iterdir()
-    table = json.loads(file.read_text())
-    key = next(iter(table))
-    file.write_text(json.dumps({**table, key: [float("nan"), 0.0]}))
+    table = read_table(file)
+    lines = [[key, *values] for key, values in table.items()]
+    lines[0][1] = float("nan")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert fit(tiny_model_dir, tmp_path)[1] == [1]
-    assert json.loads(file.read_text()) == table
+    assert read_table(file) == table
 
 
 def test_the_reference_is_not_in_memory_while_training(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -114,16 +115,16 @@ def test_another_run_asks_about_new_pairs_alone(tiny_model_dir: Path, tmp_path: 
     assert torch.equal(weights(first), weights(second))
 
 
-def test_a_broken_file_is_written_anew(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_of_a_broken_file_the_whole_lines_count(tiny_model_dir: Path, tmp_path: Path) -> None:
     fit(tiny_model_dir, tmp_path)
     (file,) = (tmp_path / "cache").iterdir()
-    whole = file.read_text()
-    for broken in (whole[:-20], "[]", '{"a": 1}'):
+    whole, table = file.read_text(), read_table(file)
+    for broken, missing in ((whole[:-20], 1), ("[]\n7\n{}\n[1]\n\xff", 3), (whole[5:], 1), ("[" * 100_000, 3)):
         file.write_text(broken)
-        assert len(fit(tiny_model_dir, tmp_path)[1]) == 3
-        assert json.loads(file.read_text()) == json.loads(whole)
+        assert len(fit(tiny_model_dir, tmp_path)[1]) == missing
+        assert read_table(file) == table
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert read_table(tmp_path / "nowhere.json") == {}
+    assert read_table(tmp_path / "nowhere.jsonl") == {}
 
 
 def test_other_weights_or_another_configuration_have_another_digest(tiny_model_dir: Path) -> None:

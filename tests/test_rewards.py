@@ -2,8 +2,11 @@
 
 import math
 import random
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from demo.tasks import KINDS, OPPOSITES, Kind, draw_exercise, right_answer, wron
 from lightning_modules import SFTModule
 from lightning_modules.loading import load_reward_model
 from lightning_modules.rewards import ModelReward, Reward, SGLangReward, VLLMReward, WeightedReward, resolve_reward
-from lightning_modules.rewards.base import reward_name
+from lightning_modules.rewards.base import checked_scores, reward_name
 from lightning_modules.rewards.preflight import preflight
 from lightning_modules.rewards.rules import Mentions, brevity
 
@@ -61,7 +64,7 @@ def test_a_sum_is_nan_exactly_where_a_part_of_it_is(weight: float) -> None:
 
 
 def test_parts_that_score_different_numbers_of_completions_are_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ConfigurationError, match="the reward Fixed must return 2 scores, got 1"):
         WeightedReward([Fixed([1.0, 2.0]), Fixed([1.0])], weights=[1.0, 1.0])([PROMPT] * 2, ["a", "b"])
 
 
@@ -371,3 +374,54 @@ def test_an_error_about_a_judge_s_or_a_reference_s_tokenizer_names_that_option(
     evaluation = NemotronEvaluation(reward=brevity, reference_model=str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change evaluation.reference_model"):
         evaluation._reference_tokenizer(SFTModule(model_name=str(tiny_model_dir)))
+
+
+def test_a_reward_gets_copies_and_a_grad_free_thread_of_its_own() -> None:
+    threads, grads = set(), set()
+
+    def writing(prompts: Any, completions: Any) -> list[float]:
+        threads.add(threading.get_ident())
+        grads.add(torch.is_grad_enabled())
+        prompts[0][0]["content"] = "changed"
+        prompts[0].append({"role": "user", "content": "more"})
+        completions[0] = "changed"
+        return [1.0, 2.0]
+
+    prompts, completions = [[{"role": "user", "content": "Hi"}]] * 2, ["a", "b"]
+    for reward in (writing, writing, WeightedReward([writing], [1.0])):
+        assert checked_scores(reward, prompts, completions) == [1.0, 2.0]
+    assert prompts == [[{"role": "user", "content": "Hi"}]] * 2
+    assert completions == ["a", "b"]
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+    assert grads == {False}
+
+
+def test_a_reward_that_asks_another_is_no_deadlock() -> None:
+    def outer(prompts: Any, completions: Any) -> list[float]:
+        return checked_scores(brevity, prompts, completions)
+
+    assert checked_scores(outer, [[{"role": "user", "content": "Hi"}]], ["four"]) == [-4.0]
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("bye")])
+def test_a_reward_that_ends_the_process_is_told_and_ends_nothing(error: SystemExit) -> None:
+    def leaving(prompts: Any, completions: Any) -> list[float]:
+        raise error
+
+    with pytest.raises(ConfigurationError, match=r"the reward .*leaving tried to end the process \(SystemExit"):
+        checked_scores(leaving, [[]], ["x"])
+    assert checked_scores(brevity, [[]], ["x"]) == [-1.0]
+
+
+def test_a_reward_that_hangs_is_left_to_itself() -> None:
+    class Hanging:
+        time_limit_s = 0.2
+
+        def __call__(self, prompts: Any, completions: Any) -> list[float]:
+            time.sleep(30)
+            return [1.0]
+
+    with pytest.raises(ConfigurationError, match=r"Hanging has not scored 1 completions within 0.2 s; mend it, or"):
+        checked_scores(Hanging(), [[]], ["x"])
+    assert checked_scores(brevity, [[]], ["x"]) == [-1.0]

@@ -19,13 +19,12 @@ from callbacks import HuggingFaceExport, hugging_face_export
 from callbacks.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.hugging_face_export import check_place
 from commands.checkpoints import checkpoints
-from commands.run_folder import FolderLock, RunFolder
+from commands.run_folder import FolderLock, RunFolder, give_up_locks
 from core.errors import ConfigurationError
 from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-ROOT = Path(__file__).parents[1]
 CHANGES = ("--model.learning_rate", "0.05")
 
 
@@ -256,30 +255,35 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(
 
 
 HOLD = """
-import sys, time
-from pathlib import Path
-from commands.checkpoints import checkpoints
-from commands.run_folder import FolderLock
-FolderLock(Path(sys.argv[1]), "fit").take()
-print("taken", flush=True)
-time.sleep(60)
+import fcntl, sys, time
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("process 7 on another-machine", file=file, flush=True)
+    print("taken", flush=True)
+    time.sleep(60)
 """
+"""As a run does that holds its folder, in a moment."""
 
 
 def test_a_folder_is_one_run_s_at_a_time(config: Any, tmp_path: Path, cli: Cli) -> None:
     """A second one is told who has it; what a killed process held is free."""
     run = tmp_path / "run"
     run.mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", HOLD, str(run / ".fit.lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "taken\n"
     refused = cli("fit", "--config", config("SFTModule"))
-    assert_refused(refused, f"{run} is in use: process {holder.pid} on {socket.gethostname()} runs fit there")
+    assert_refused(refused, f"{run} is in use: process 7 on another-machine runs fit there; wait for it")
     assert not (run / "config.yaml").exists()
     FolderLock(run, "validate").take()  # a checkpoint may be judged while training goes on
     holder.kill()
     holder.communicate()
     assert cli("fit", "--config", config("SFTModule")).returncode == 0
+    assert not list(run.glob(".*.lock"))
+    FolderLock(run, "fit").take()
+    assert (run / ".fit.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    give_up_locks()
 
 
 def test_checkpoints_that_are_no_more_are_passed_over(config: Any, tmp_path: Path, cli: Cli) -> None:

@@ -1,10 +1,12 @@
 """A reward served by uvicorn on loopback and asked by the client: over HTTP a score is what it is at home."""
 
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ CONVERSATION = [{"role": "user", "content": "Hi"}, {"role": "assistant", "conten
 def served(reward: Reward) -> Iterator[str]:
     """The reward's URL for as long as it is served."""
     running = uvicorn.Server(
-        uvicorn.Config(create_app(reward), host="127.0.0.1", port=0, log_level="warning", ws="none")
+        uvicorn.Config(
+            create_app(reward), host="127.0.0.1", port=0, log_level="warning", ws="none", http=server.Impatient
+        )
     )
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -132,10 +136,86 @@ def test_a_completion_without_a_score_is_refused_and_so_not_a_number(url: str, t
         {"messages": [{"role": "user"}, CONVERSATION[1]]},
         {"messages": [CONVERSATION[0], {"role": "assistant", "content": None}]},
         {"messages": "Hi"},
+        {"messages": [{"role": "<|im_start|>system", "content": "x"}, CONVERSATION[1]]},
+        {"messages": [{"role": "tool", "content": "x"}, CONVERSATION[1]]},
     ],
 )
 def test_a_request_without_an_assistant_turn_to_score_is_refused(url: str, body: object) -> None:
     assert post(url, body).status_code == 422
+
+
+def raw(url: str, request: bytes, *, seconds: float = 5.0) -> bytes:
+    """What comes back before the connection is closed."""
+    host, _, port = url.removeprefix("http://").removesuffix("/v1").partition(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(request)
+        received = b""
+        with suppress(ConnectionResetError):
+            while piece := connection.recv(65_536):
+                received += piece
+        return received
+
+
+def test_a_body_that_is_no_json_of_numbers_is_refused(url: str) -> None:
+    for body in (b'{"messages": NaN}', b'{"messages": [NaN, {"role": Infinity}]}', b"{", b"\xff"):
+        reply = requests.post(f"{url}/chat/completions", data=body, timeout=10)
+        assert reply.status_code == 422, reply.text
+        assert reply.json()["detail"].startswith("no conversation to score")
+
+
+@pytest.mark.parametrize("header", [b"Content-Length: 3000000", b"Transfer-Encoding: chunked"])
+def test_a_body_that_is_too_large_is_not_read_to_its_end(url: str, header: bytes) -> None:
+    """Neither where it says how long it is nor where it does not."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n"
+    piece = b"x" * 100_000
+    pieces = [b"%x\r\n%s\r\n" % (len(piece), piece)] * 12 if b"chunked" in header else [piece] * 12
+    assert b" 413 " in raw(url, head + b"".join(pieces)).split(b"\r\n")[0]
+
+
+def test_a_client_that_stalls_is_let_go(monkeypatch: pytest.MonkeyPatch, reward: ByLength) -> None:
+    monkeypatch.setattr(server, "PATIENCE_S", 0.3)
+    with served(reward) as url:
+        assert raw(url, b"") == b""
+        assert raw(url, b"POST /v1/chat/completions HTTP/1.1\r\nHost:") == b""
+        half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"
+        assert b" 408 " in raw(url, half).split(b"\r\n")[0]
+
+
+def test_health_answers_while_many_conversations_are_scored() -> None:
+    release = threading.Event()
+
+    def slow(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        release.wait(20)
+        return [1.0]
+
+    with served(slow) as url, ThreadPoolExecutor(60) as pool:
+        replies = [pool.submit(post, url, {"messages": CONVERSATION}) for _ in range(60)]
+        time.sleep(0.3)
+        health = requests.get(url.replace("/v1", "/health"), timeout=2)
+        assert health.status_code == 200
+        assert requests.get(f"{url}/models", timeout=2).status_code == 200
+        assert not any(reply.done() for reply in replies)
+        release.set()
+        assert {reply.result().status_code for reply in replies} == {200}
+
+
+def test_a_reward_that_fails_is_told_in_the_log_alone_and_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = "nvapi-" + "Ab3_" * 8
+
+    def failing(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
+        if completions[0] == "leave":
+            raise SystemExit(0)
+        raise RuntimeError(f"refused {key}\x1b[31m")
+
+    with served(failing) as url:
+        for text, told in (("x", "RuntimeError: refused ***\\x1b[31m"), ("leave", "tried to end the process")):
+            reply = post(url, {"messages": [CONVERSATION[0], {"role": "assistant", "content": text}]})
+            assert reply.status_code == 500
+            assert reply.json() == {"detail": "the reward failed; the server's log says why"}
+            assert told in capfd.readouterr().err
+        assert requests.get(url.replace("/v1", "/health"), timeout=2).status_code == 200
 
 
 def test_a_reply_has_the_shape_of_the_hosted_one(url: str, reward: ByLength) -> None:
@@ -187,7 +267,10 @@ def test_serving_says_where_and_listens_there(
     monkeypatch.setattr(server.uvicorn, "run", lambda app, **options: calls.append({"title": app.title, **options}))
     serve(brevity, host="127.0.0.2", port=8123)
     assert capsys.readouterr().out == "serving brevity at http://127.0.0.2:8123/v1\n"
-    assert calls == [{"title": "Reward model", "host": "127.0.0.2", "port": 8123, "log_level": "warning"}]
+    assert calls == [
+        {"title": "Reward model", "host": "127.0.0.2", "port": 8123, "log_level": "warning"}
+        | {"http": server.Impatient}
+    ]
 
 
 @pytest.mark.parametrize(

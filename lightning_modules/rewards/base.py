@@ -14,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from core.errors import ConfigurationError
 from core.imports import is_allowed, shadowed
 from datamodules.chat import Message
+from lightning_modules.rewards import calling
+from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.reward_model import ModelReward
 
 
@@ -56,7 +58,7 @@ class WeightedReward:
         return next(filter(None, (getattr(reward, "last_error", "") for reward in self.rewards)), "")
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
-        return self.combined([reward(prompts, completions) for reward in self.rewards])
+        return self.combined([checked_scores(reward, prompts, completions) for reward in self.rewards])
 
     def combined(self, columns: Sequence[Sequence[float]]) -> list[float]:
         """The weighted sums, from each part's scores."""
@@ -136,9 +138,11 @@ def checked_scores(reward: Reward, prompts: Sequence[Sequence[Message]], complet
     """The scores, with NaN for whatever is no finite number.
 
     Raises:
-        ConfigurationError: If the source returns another number of scores than it was given completions.
+        ConfigurationError: If the source returns another number of scores than it was given completions, does not
+            return in time, or tries to end the process.
     """
-    scores = reward(prompts, completions)
+    ours = isinstance(reward, (HTTPReward, ModelReward, WeightedReward))
+    scores = reward(prompts, completions) if ours else calling.call(reward, reward_name(reward), prompts, completions)
     if len(scores) != len(completions):
         raise ConfigurationError(
             f"the reward {reward_name(reward)} must return {len(completions)} scores, got {len(scores)}"

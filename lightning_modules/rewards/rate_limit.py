@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import os
 import sqlite3
-import tempfile
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
 from core.errors import ConfigurationError
+from core.files import OWN
 
 WINDOW_S = 61.0
 """A minute, and a second for requests that travel at different speeds."""
@@ -19,7 +21,8 @@ class RateLimiter:
     """Lets at most so many requests through in any minute, over all threads and processes that name the same source.
 
     The moments of the last minute's requests are in a small SQLite file, so a run that is started again after it
-    was killed still counts what it sent before.
+    was killed still counts what it sent before. They are counted from the machine's start, which is the same for all
+    processes and which no setting of the clock moves.
 
     Args:
         per_minute: The limit; 0 for none.
@@ -61,8 +64,8 @@ class RateLimiter:
         turns = max(1, int(self.per_minute))
         window_s = WINDOW_S * max(1.0, 1.0 / self.per_minute)
         with self._file() as file:
-            now = time.time()
-            outside = (self.source, now - window_s, now)
+            now = time.monotonic()
+            outside = (self.source, now - window_s, now)  # later than now: from before the machine's last start
             file.execute("DELETE FROM requests WHERE source = ? AND (moment <= ? OR moment > ?)", outside)
             recent = [
                 moment
@@ -81,17 +84,45 @@ class RateLimiter:
         """The file, locked for writing."""
         path = limits_file()
         try:
-            with contextlib.closing(sqlite3.connect(path, timeout=60.0, isolation_level=None)) as file:
-                file.execute("PRAGMA synchronous = OFF")  # what a power failure takes is a minute's moments
-                file.execute("BEGIN IMMEDIATE")
-                file.execute("CREATE TABLE IF NOT EXISTS requests (source TEXT, moment REAL)")
+            with contextlib.closing(opened(path)) as file:
                 yield file
                 file.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise ConfigurationError(f"requests cannot be counted in {path} ({error}); set TMPDIR elsewhere") from error
 
 
+def opened(path: Path) -> sqlite3.Connection:
+    """A connection to the file, locked for writing; what is no such file is replaced, as it holds a minute's worth."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), OWN))
+    for attempt in range(2):
+        file = sqlite3.connect(path, timeout=60.0, isolation_level=None)
+        try:
+            file.execute("PRAGMA synchronous = OFF")  # what a power failure takes is a minute's moments
+            file.execute("BEGIN IMMEDIATE")
+            file.execute("CREATE TABLE IF NOT EXISTS requests (source TEXT, moment REAL)")
+            file.execute("SELECT source, moment FROM requests LIMIT 1")
+        except sqlite3.DatabaseError as error:
+            file.close()
+            if attempt or "locked" in str(error) or "readonly" in str(error):
+                raise
+            path.unlink(missing_ok=True)
+        else:
+            break
+    return file
+
+
 def limits_file() -> Path:
-    """Where the moments are: in the machine's temporary directory, so that all runs of a user find it."""
+    """Where the moments are: in the machine's temporary directory, where all runs of a user find it, and nobody else.
+
+    Raises:
+        ConfigurationError: If somebody else made the folder, or may write into it.
+    """
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    return Path(tempfile.gettempdir()) / f"reward-requests-{user}.sqlite"
+    folder = Path(gettempdir()) / f"reward-requests-{user}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    owned = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
+    if not stat.S_ISDIR(found.st_mode) or not owned:
+        raise ConfigurationError(f"{folder} is not this user's alone, so requests are not counted in it; set TMPDIR")
+    return folder / "requests.sqlite"
