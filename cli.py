@@ -86,12 +86,13 @@ def run(module: str, *, debug: bool) -> int:
         raise
     except Exception as error:
         from core.secrets import redact
+        from core.text import shown
 
         told = mendable(error)
         if debug or told is None:
-            sys.stderr.write(redact(traceback.format_exc()))
+            sys.stderr.write(shown(redact(traceback.format_exc())))
             return 1 if told is None else 2
-        print(f"error: {redact(str(told))}", file=sys.stderr)
+        print(f"error: {shown(redact(str(told)))}", file=sys.stderr)
         return 2
     return 0
 

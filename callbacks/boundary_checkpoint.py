@@ -59,14 +59,15 @@ class BoundaryCheckpoint(ModelCheckpoint):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that a checkpoint beside the one it replaces fits on the disk."""
+        """See that the disk has room for what is saved first, so that one that fills up later costs a part of a run."""
         if self.dirpath is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        needed, free = checkpoint_bytes(pl_module), shutil.disk_usage(self.dirpath).free
+        copies = 1 if any(Path(self.dirpath).glob("*.ckpt")) else 2  # the best and the last
+        needed, free = copies * checkpoint_bytes(pl_module), shutil.disk_usage(self.dirpath).free
         if free < needed:
             raise ConfigurationError(
-                f"a checkpoint takes about {needed / 1e6:,.0f} MB and {self.dirpath} has room for {free / 1e6:,.0f} "
-                "MB; make room there, or change checkpoint.dirpath"
+                f"the first checkpoints take about {needed / 1e6:,.1f} MB and {self.dirpath} has room for "
+                f"{free / 1e6:,.1f} MB; make room there, or change checkpoint.dirpath"
             )
 
     @override

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sqlite3
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,7 @@ class EvaluationCache:
 
     A value is there for good once it is kept, even if the process is killed in the next moment. Where nothing more
     can be written, as on a full disk, that is told once and the evaluation goes on without. A file that is damaged
-    or something else is set aside under another name, and told.
+    or something else is left as it is and told, and one with another name takes its place.
 
     Args:
         path: The file; made with its directory where it is not there, for its user alone to read.
@@ -41,16 +40,11 @@ class EvaluationCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._used = path
         self._writes = True
         if path.is_symlink():
             raise ConfigurationError(f"{path} is a link, and no cache is kept behind one; change evaluation.cache_dir")
-        try:
-            try:
-                self._file = opened(path)
-            except DamagedError as error:
-                self._set_aside(error)
-        except (sqlite3.Error, OSError, DamagedError) as error:
-            raise ConfigurationError(f"cannot keep scores in {path} ({error}); change evaluation.cache_dir") from error
+        self._file = self._next()
 
     def score(self, key: str) -> float | None:
         """The score kept under a key; None for what is no finite number."""
@@ -85,31 +79,43 @@ class EvaluationCache:
         if self._writes:
             try:
                 self._tried(lambda: self._file.execute(statement, values))
-            except (sqlite3.Error, OSError, DamagedError) as error:
+            except (sqlite3.Error, ConfigurationError) as error:
                 self._writes = False
                 warnings.warn(f"no more scores are kept in {self._path} ({error})", stacklevel=3)
 
     def _tried(self, work: Callable[[], Result]) -> Result:
-        """The work's result, on a new file where the old one turns out to be damaged."""
+        """The work's result, on another file where this one turns out to be damaged."""
         try:
             return work()
         except sqlite3.OperationalError:  # locked, full or read-only: the file itself is well
             raise
         except (sqlite3.DatabaseError, OverflowError) as error:
             self._file.close()
-            self._set_aside(error)
+            self._file = self._next(error)
             return work()
 
-    def _set_aside(self, why: Exception) -> None:
-        """Give the file another name and begin a new one."""
-        aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
-        os.rename(self._path, aside)
-        for journal in ("-journal", "-wal", "-shm"):  # they would be played into the new file
-            beside = self._path.with_name(self._path.name + journal)
-            if beside.exists():
-                os.rename(beside, aside.with_name(aside.name + journal))
-        warnings.warn(f"{self._path} cannot be used ({why}) and is now {aside.name}; a new one is begun", stacklevel=4)
-        self._file = opened(self._path)
+    def _next(self, why: Exception | None = None) -> sqlite3.Connection:
+        """The file, or where it cannot be used the first of its successors that can.
+
+        Raises:
+            ConfigurationError: If none can.
+        """
+        names = [self._path, *(self._path.with_name(f"{self._path.stem}-{n}.sqlite") for n in range(2, 10))]
+        start = 0 if why is None else names.index(self._used) + 1
+        for place in names[start:]:
+            if why is not None:
+                warnings.warn(
+                    f"{self._used} cannot be used ({why}); it is left as it is, and {place} taken", stacklevel=4
+                )
+            self._used = place
+            try:
+                return opened(place)
+            except DamagedError as error:
+                why = error
+            except (sqlite3.Error, OSError) as error:
+                why = error
+                break
+        raise ConfigurationError(f"cannot keep scores in {self._used} ({why}); change evaluation.cache_dir") from why
 
 
 def opened(path: Path) -> sqlite3.Connection:

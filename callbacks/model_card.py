@@ -5,9 +5,13 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from callbacks.tracking import short_name
+from core.errors import ConfigurationError
+from core.plain import loaded_file
+from core.text import printable, told
 from lightning_modules.base import FineTuningModule
 
 LINEAGE = "lineage.yaml"
@@ -38,12 +42,10 @@ The chat template is part of the tokenizer; an assistant turn ends with `{end_to
 
 def lineage(trainer: Trainer, module: FineTuningModule) -> dict[str, Any]:
     """The root's hub id (None of a local model) and name, and the stages so far, this one last."""
-    earlier = Path(module.model_name) / LINEAGE
-    found: dict[str, Any] = {"base_model": module.model_name, "base_name": short_name(module.model_name), "stages": []}
-    if earlier.is_file():
-        found = yaml.safe_load(earlier.read_text("utf-8"))
-    elif Path(module.model_name).is_dir():
-        found["base_model"] = None
+    found = earlier_lineage(Path(module.model_name))
+    if found is None:
+        hub_id = None if Path(module.model_name).is_dir() else module.model_name
+        found = {"base_model": hub_id, "base_name": printable(short_name(module.model_name)), "stages": []}
     data: Any = getattr(trainer, "datamodule", None)
     stage = {
         "method": module.method,
@@ -56,11 +58,34 @@ def lineage(trainer: Trainer, module: FineTuningModule) -> dict[str, Any]:
     return {**found, "stages": [*found["stages"], stage]}
 
 
+def earlier_lineage(directory: Path) -> dict[str, Any] | None:
+    """The lineage that an export of this suite left in a model directory; None where there is none that can be used."""
+    file = directory / LINEAGE
+    if not file.is_file():
+        return None
+    try:
+        found = loaded_file(file)
+        stages = [
+            {
+                **{name: printable(str(stage[name])) for name in ("method", "method_name", "dataset", "evaluation")},
+                "steps": int(stage["steps"]),
+                "learning_rate": float(stage["learning_rate"]),
+            }
+            for stage in found["stages"]
+        ]
+        base = found["base_model"]
+        name = printable(str(found["base_name"]))
+    except (ConfigurationError, KeyError, TypeError, ValueError, OverflowError) as error:
+        rank_zero_warn(f"{file} is no lineage ({told(error)}), so the model card begins with {directory}")
+        return None
+    return {"base_model": None if base is None else printable(str(base)), "base_name": name, "stages": stages}
+
+
 def shown_dataset(name: str | None) -> str:
     """A hub id as it is, of a local path what says something."""
     if name is None:
         return "an unnamed dataset"
-    return f"{short_name(name)} (local)" if Path(name).exists() else name
+    return printable(f"{short_name(name)} (local)" if Path(name).exists() else name)
 
 
 def headline(trainer: Trainer) -> str:
@@ -73,7 +98,7 @@ def headline(trainer: Trainer) -> str:
     rate, low, high = (100 * value for value in (metrics["win_rate"], *metrics["win_rate_ci"]))
     return (
         f"wins {rate:.1f} % [{low:.1f}, {high:.1f}] of {metrics['prompts']} prompts against "
-        f"{short_name(metrics['reference'])}, judged by {short_name(metrics['reward_source'])}"
+        f"{printable(short_name(metrics['reference']))}, judged by {printable(short_name(metrics['reward_source']))}"
     )
 
 

@@ -214,8 +214,11 @@ class NemotronEvaluation(Callback):
             if trainer.is_global_zero:
                 try:
                     write(directory, metrics, pairs)
-                except OSError as error:  # an epoch without its files must not end a training
-                    rank_zero_warn(f"{directory} has no files of this evaluation ({error.strerror}); make room there")
+                except OSError as error:
+                    told = f"{directory} has no files of this evaluation ({error.strerror}); make room there"
+                    if trainer.state.fn != "fit":
+                        raise ConfigurationError(told) from error
+                    rank_zero_warn(told)  # an epoch without its files must not end a training
                 report(metrics, list(dict.fromkeys(share.error for share in shares if share.error)))
                 log_pairs(trainer.loggers, pairs)
 

@@ -1,9 +1,12 @@
-"""What a config may not decide: to which host a logger's key goes, and what is written outside the run's folder."""
+"""What a config may not decide: a logger's host, what is written outside the run's folder, null for a value."""
 
+import importlib
+import inspect
 import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from core.errors import ConfigurationError
 
@@ -63,3 +66,46 @@ def leads_out(value: str, root: Path, *, is_folder: bool) -> bool:
     if not value.isprintable() or ".." in re.split(r"[/\\\\]", value) or value.startswith("~"):
         return True
     return (is_folder or path.is_absolute()) and not path.resolve().is_relative_to(root.resolve())
+
+
+def refuse_nulls(options: Any, name: str = "") -> None:
+    """Refuse null where a class of the config takes none, which the parser lets pass.
+
+    Args:
+        options: Nested options, as plain values.
+        name: Of the options, dotted.
+
+    Raises:
+        ConfigurationError: Naming the option.
+    """
+    if isinstance(options, (list, tuple)):
+        for option in options:
+            refuse_nulls(option, name)
+    if not isinstance(options, dict):
+        return
+    given = options.get("init_args") if "class_path" in options else None
+    if isinstance(given, dict):
+        takes = parameters(str(options["class_path"]))
+        for option, value in given.items():
+            if value is None and option in takes and not takes_none(takes[option]):
+                raise ConfigurationError(f"{name}.{option} must not be null")
+    for key, value in options.items():
+        refuse_nulls(value, name if key == "init_args" else f"{name}.{key}".lstrip("."))
+
+
+def parameters(class_path: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a class, those that it hands on to its bases included."""
+    module, _, name = class_path.rpartition(".")
+    found: dict[str, inspect.Parameter] = {}
+    for base in getattr(getattr(importlib.import_module(module), name), "__mro__", ()):
+        for parameter in inspect.signature(base.__init__).parameters.values():
+            found.setdefault(parameter.name, parameter)
+    return found
+
+
+def takes_none(parameter: inspect.Parameter) -> bool:
+    """Whether None is a value of a parameter, as far as it says what it takes."""
+    annotation = parameter.annotation
+    if annotation in (inspect.Parameter.empty, Any) or parameter.default is None or isinstance(annotation, str):
+        return True
+    return get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)

@@ -31,13 +31,14 @@ from callbacks.metrics_file import MetricsFile
 from callbacks.preemption import Preemption
 from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.tracking import WandbTracking, run_name
-from commands.boundaries import check_boundaries
+from commands.boundaries import check_boundaries, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
 from core.errors import ConfigurationError
 from core.files import write_whole
+from core.text import shown
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
 from lightning_modules.evaluation import EvaluationModule
@@ -145,6 +146,7 @@ class SuiteCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         refuse_secrets(config.as_dict())
+        refuse_nulls({"model": config.as_dict()["model"], "data": config.as_dict().get("data")})
         for option, least in LEAST.items():
             value = config.trainer[option]
             if value is not None and value < least:
@@ -155,6 +157,7 @@ class SuiteCLI(LightningCLI):
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
+        config.checkpoint.dirpath = str(config.checkpoint.dirpath) and str(Path(config.checkpoint.dirpath).expanduser())
         check_boundaries(config.trainer.as_dict(), Path(root))
         folder = RunFolder(Path(root), Path(config.checkpoint.dirpath), Path(root) / config.export.directory)
         folder.check_links()
@@ -289,6 +292,12 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def without_escapes(record: logging.LogRecord) -> bool:
+    """Have a line show what a terminal would act on, as names of models, judges and files may hold anything."""
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
+
+
 def quieten() -> None:
     """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
     warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
@@ -298,6 +307,7 @@ def quieten() -> None:
     noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
+    told.addFilter(without_escapes)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -4,20 +4,15 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from typing_extensions import override
 
 from commands.explaining import did_you_mean, explain
 from core.errors import ConfigurationError
 from core.imports import allowed_packages
+from core.plain import DEEPEST, loaded_file, loaded_yaml
 from core.secrets import redact, secret_in
-
-LARGEST = 1_000_000
-"""Bytes of a config."""
-MOST = 50_000
-"""Values of a config, aliases written out."""
-DEEPEST = 40
+from core.text import shown
 
 
 class Parser(ArgumentParser):
@@ -34,7 +29,7 @@ def stop(parser: ArgumentParser, message: str) -> NoReturn:
     if parser._subcommands_action is not None:
         parsers += parser._subcommands_action._name_parser_map.values()
     options = {action.dest for known in parsers for action in known._actions}
-    sys.stderr.write(f"error: {redact(explain(message, options))}\n")
+    sys.stderr.write(f"error: {shown(redact(explain(message, options)))}\n")
     raise SystemExit(2)
 
 
@@ -96,49 +91,6 @@ def named_values(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def loaded_yaml(text: str) -> Any:
-    """The text as YAML, as the parser will read it, or as it is.
-
-    Raises:
-        ConfigurationError: If it is more than any option holds.
-    """
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    except RecursionError:
-        raise too_much(f"an option ({text[:40]!r}...)") from None
-    check_bounded(content, f"an option ({text[:40]!r}...)")
-    return content
-
-
-def check_bounded(content: Any, where: str) -> None:
-    """Refuse values nested too deeply, within themselves, or whose aliases multiply: the parser would copy each."""
-    sizes: dict[int, int] = {}
-
-    def size(value: Any, depth: int) -> int:
-        if depth > DEEPEST:
-            raise too_much(where)
-        if not isinstance(value, (dict, list, tuple)):
-            return 1
-        if id(value) not in sizes:
-            sizes[id(value)] = MOST  # what it counts within itself
-            inner = [*value, *value.values()] if isinstance(value, dict) else value
-            sizes[id(value)] = 1 + sum(size(item, depth + 1) for item in inner)
-        if sizes[id(value)] > MOST:
-            raise too_much(where)
-        return sizes[id(value)]
-
-    size(content, 0)
-
-
-def too_much(where: str) -> ConfigurationError:
-    """What to say of values that no config holds."""
-    return ConfigurationError(
-        f"{where} holds more than {MOST:,} values, {DEEPEST} levels, or itself; no config of this suite does"
-    )
-
-
 def read_config(path: str) -> dict[str, Any]:
     """A config's content.
 
@@ -158,27 +110,6 @@ def read_config(path: str) -> dict[str, Any]:
     for section, options in content.items():
         if isinstance(options, list):
             raise ConfigurationError(f"--config {path}: {section} must hold options, got a list")
-    return content
-
-
-def loaded_file(file: Path) -> Any:
-    """A file's content as YAML.
-
-    Raises:
-        ConfigurationError: If it is no YAML of plain values, or more than any config holds.
-    """
-    if file.stat().st_size > LARGEST:
-        raise ConfigurationError(f"--config {file} has more than {LARGEST:,} bytes; no config of this suite does")
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except RecursionError:
-        raise too_much(f"--config {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--config {file} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        told = redact(" ".join(str(error).split()))
-        raise ConfigurationError(f"--config {file} is no YAML of plain values: {told[:300]}") from error
-    check_bounded(content, f"--config {file}")
     return content
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from commands.parsing import loaded_file
 from commands.run_files import Reader, is_number, is_pair, is_record
 from core.errors import ConfigurationError
+from core.plain import loaded_file
 from core.text import printable
 from lightning_modules.identity import saved_tensors, tensors_digest
 

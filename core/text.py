@@ -19,3 +19,9 @@ def shown(text: str) -> str:
 def encodable(text: str) -> str:
     """The text with a question mark for what no file in UTF-8 can hold."""
     return BEYOND.sub("?", text)
+
+
+def told(error: BaseException) -> str:
+    """What somebody else's code raised, on a line."""
+    kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+    return printable(kind + " ".join(str(error).split()))[:300]

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.nodes
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
+from core.limits import memory_limit, time_limit
+from core.text import printable, told
 
 Message = dict[str, str]
 """``role`` (system, user or assistant) and ``content``."""
@@ -19,6 +22,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 CHATML_TEMPLATE = (TEMPLATES / "chatml.jinja").read_text("utf-8")
 PROBE = ("the question of a probe", "the answer to a probe")
 """Texts that every template must show, whatever it puts around them."""
+RENDER_S = 10.0
+"""Seconds that a template may take for a conversation, which is some thousand times what any takes."""
+PROBE_BYTES = 1 << 30
+"""Memory that a template may take for a conversation of two short turns."""
+LARGEST_RENDERED = 50_000_000
+"""Characters of a conversation."""
 
 
 class UnstableTemplateError(ConfigurationError):
@@ -107,9 +116,8 @@ def load_tokenizer(
     check_model_name(model_name, option=option)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigurationError(f"no tokenizer in {model_name!r} ({first_line}); change {option}") from error
+    except Exception as error:  # whatever a foreign file can raise
+        raise ConfigurationError(f"no tokenizer in {model_name!r} ({told(error)}); change {option}") from error
     if not tokenizer(PROBE[0], add_special_tokens=False)["input_ids"]:  # as of a directory without tokenizer files
         raise ConfigurationError(f"no tokenizer in {model_name!r} (its vocabulary is empty); change {option}")
     if chat_template is not None:
@@ -134,12 +142,30 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         TemplateRefusalError: If the template refuses the conversation.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except jinja2.TemplateError as error:
-        raise TemplateRefusalError([message["role"] for message in messages], str(error)) from error
-    return str(text)
+        with time_limit(RENDER_S):
+            text = str(
+                tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+    except Exception as error:  # a template is a program
+        reason = printable(str(error)) if isinstance(error, jinja2.TemplateError) else told(error)
+        raise TemplateRefusalError([message["role"] for message in messages], reason) from error
+    if len(text) > LARGEST_RENDERED:
+        reason = f"it makes {len(text):,} characters of them, and {LARGEST_RENDERED:,} are the most"
+        raise TemplateRefusalError([message["role"] for message in messages], reason)
+    return text
+
+
+def check_template(template: str) -> None:
+    """Raise a TemplateRefusalError for powers: a number can take longer to compute than any limit can interrupt."""
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        powers = parsed.find(jinja2.nodes.Pow) is not None
+    except jinja2.TemplateError:  # for a tag that transformers adds, or one that rendering tells
+        powers = "**" in template
+    if powers:
+        raise TemplateRefusalError(["user", "assistant"], "it computes powers, which no template needs")
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
@@ -156,7 +182,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
 def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
     probe = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), PROBE, strict=True)]
     try:
-        rendered = render(tokenizer, probe, add_generation_prompt=False)
+        check_template(template)
+        with memory_limit(PROBE_BYTES):
+            rendered = render(tokenizer, probe, add_generation_prompt=False)
     except TemplateRefusalError as error:
         raise ConfigurationError(f"{error}; {another_template(template)}") from error
     if not all(text in rendered for text in PROBE):

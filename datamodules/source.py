@@ -51,7 +51,7 @@ def _split_files(directory: Path, split: str, *, option: str) -> list[Path]:
     files = [
         file
         for folder in (directory, directory / "data")
-        for file in sorted(folder.glob(f"{split}*"))
+        for file in sorted(folder.iterdir() if folder.is_dir() else ())
         if file.suffix in FORMATS and (file.stem == split or file.stem.startswith(f"{split}-"))
     ]
     if not files:

@@ -1,6 +1,7 @@
 """Loading models: from the hub or a directory, every tensor accounted for, in float32 master weights."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from transformers import (
 )
 
 from core.errors import ConfigurationError
+from core.text import told
 from datamodules.chat import check_model_name
+
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""What a model's own configuration may ask for."""
 
 
 def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
@@ -25,13 +30,35 @@ def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
         ConfigurationError: If there is no such model.
     """
     check_model_name(model_name, option=option)
-    if Path(model_name).is_dir() and not (Path(model_name) / "config.json").is_file():
-        raise ConfigurationError(f"{model_name} holds no config.json, so it is no model directory; change {option}")
+    if Path(model_name).is_dir():
+        check_directory(Path(model_name), option=option)
     try:
-        return AutoConfig.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigurationError(f"no model {model_name!r} ({first_line}); change {option}") from error
+        config = AutoConfig.from_pretrained(model_name)
+    except Exception as error:  # whatever a foreign file can raise
+        raise ConfigurationError(f"no model {model_name!r} ({told(error)}); change {option}") from error
+    attention = getattr(config, "_attn_implementation_internal", None)
+    if attention not in ATTENTIONS:  # a hub id among them is code to fetch
+        raise ConfigurationError(
+            f"the configuration of {model_name} asks for the attention {attention!r}, which is none of "
+            f"{', '.join(filter(None, ATTENTIONS))}; change {option}"
+        )
+    return config
+
+
+def check_directory(directory: Path, *, option: str) -> None:
+    """Raise a ConfigurationError where a folder is no model's, or its index names weights that lie elsewhere."""
+    if not (directory / "config.json").is_file():
+        raise ConfigurationError(f"{directory} holds no config.json, so it is no model directory; change {option}")
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigurationError(f"{index} is no index of weights ({told(error)}); change {option}") from error
+    for file in sorted(map(str, files)):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ConfigurationError(f"{index} names {file!r}, which is no weights' file beside it; change {option}")
 
 
 def load_causal_lm(
@@ -84,9 +111,8 @@ def _from_pretrained(
                 output_loading_info=True,
                 **settings,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigurationError(f"cannot load the model {model_name!r} ({first_line}); change {option}") from error
+    except Exception as error:  # whatever a foreign file can raise, and packages that are not there
+        raise ConfigurationError(f"cannot load the model {model_name!r} ({told(error)}); change {option}") from error
     missing = set(loading["missing_keys"])
     if new_head:
         heads = {key for key in missing if key.startswith(("score.", "classifier."))}

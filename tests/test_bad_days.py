@@ -24,7 +24,7 @@ from core import files
 from core.errors import ConfigurationError
 from core.files import write_whole
 from lightning_modules import DPOModule, reference_cache
-from tests.command_line import Cli
+from tests.command_line import Cli, assert_refused
 from tests.test_reference_cache import PAIRS, batch_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -47,22 +47,22 @@ def no_database(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [foreign, other_columns, no_database])
-def test_a_cache_that_is_none_is_set_aside_and_told_once(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_cache_that_is_none_is_left_as_it_is_and_told(damage: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "evaluation.sqlite"
     damage(path)
     before = path.read_bytes()
-    with pytest.warns(UserWarning, match=r"evaluation.sqlite cannot be used .* and is now evaluation.sqlite.damaged-"):
+    told = r"evaluation.sqlite cannot be used .* left as it is, and .*evaluation-2.sqlite taken"
+    with pytest.warns(UserWarning, match=told):
         cache = EvaluationCache(path)
     cache.keep_score("a", 1.5)
     assert cache.score("a") == 1.5
     cache.close()
-    (aside,) = tmp_path.glob("*.damaged-*")
-    assert aside.read_bytes() == before
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    assert path.read_bytes() == before
+    damage(tmp_path / "evaluation-3.sqlite")
+    with pytest.warns(UserWarning, match=told):
         again = EvaluationCache(path)
-        assert again.score("a") == 1.5
-        again.close()
+    assert again.score("a") == 1.5
+    again.close()
 
 
 def test_damaged_pages_are_noticed_where_they_are_read(tmp_path: Path) -> None:
@@ -166,6 +166,7 @@ def test_an_evaluation_that_cannot_be_written_ends_no_training(
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval/win_rate" in line for line in logged)
+    assert_refused(cli("validate", "--config", config("SFTModule")), "eval/final has no files of this evaluation")
 
 
 def dpo(model: Path, root: Path, stop_after: int | None = None) -> tuple[DPOModule, list[int]]:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from commands.boundaries import check_boundaries
-from commands.parsing import DEEPEST, LARGEST, MOST, check_arguments
+from commands.boundaries import check_boundaries, refuse_nulls
+from commands.parsing import check_arguments
 from core.errors import ConfigurationError
 from core.imports import shadowed
+from core.plain import DEEPEST, LARGEST, MOST
 from lightning_modules.rewards import VLLMReward
 from lightning_modules.rewards.keys import checked_url, key_for
 from tests.command_line import Cli, assert_refused
@@ -162,27 +163,27 @@ def bomb(levels: int = 10, aliases: int = 10) -> str:
     return "\n".join(lines) + "\n"
 
 
+EXPLOSIVE = {
+    "aliases": bomb(),
+    "list in itself": "a: &a [*a]\n",
+    "mapping in itself": "a: &a {b: *a}\n",
+    "deep": "a: " + "[" * 60 + "]" * 60 + "\n",
+    "3,000 levels": "a: " + "[" * 3000 + "]" * 3000 + "\n",
+    "many": "a: [" + "1, " * (MOST + 1) + "]\n",
+}
+
+
 @pytest.mark.parametrize(
-    "text",
-    [
-        bomb(),
-        "a: &a [*a]\n",
-        "a: &a {b: *a}\n",
-        "a: " + "[" * 60 + "]" * 60 + "\n",
-        "a: " + "[" * 3000 + "]" * 3000 + "\n",
-        "a: [" + "1, " * (MOST + 1) + "]\n",
-    ],
-    ids=["aliases", "list in itself", "mapping in itself", "deep", "3,000 levels", "many"],
+    ("text", "way"), [*((text, "config") for text in EXPLOSIVE), ("aliases", "within a config"), ("aliases", "option")]
 )
-@pytest.mark.parametrize("way", ["config", "within a config", "option"])
 def test_values_that_explode_are_one_line(text: str, way: str, tmp_path: Path) -> None:
     path, outer = tmp_path / "bomb.yaml", tmp_path / "outer.yaml"
-    path.write_text(text)
+    path.write_text(EXPLOSIVE[text])
     outer.write_text("trainer: bomb.yaml\n")
     arguments = {
         "config": ["--config", str(path)],
         "within a config": ["--config", str(outer)],
-        "option": ["--trainer", "{" + text.replace("\n", ", ") + "}"],
+        "option": ["--trainer", "{" + EXPLOSIVE[text].replace("\n", ", ") + "}"],
     }[way]
     started = time.monotonic()
     with pytest.raises(ConfigurationError, match=rf"holds more than {MOST:,} values, {DEEPEST} levels, or itself"):
@@ -235,3 +236,15 @@ def test_a_module_with_an_installed_one_s_name_is_told(
     assert_refused(cli("fit", "--config", path, "--evaluation.reward", "requests.polite"), told)
     callback = json.dumps([{"class_path": "requests.Polite"}])
     assert_refused(cli("fit", "--config", path, "--trainer.callbacks", callback), told)
+
+
+@pytest.mark.parametrize("option", ["model.model_name", "model.learning_rate", "data.batch_size", "data.task"])
+def test_null_for_a_value_is_one_line(option: str, config: Any, cli: Cli) -> None:
+    assert_refused(cli("fit", "--config", config("DPOModule"), f"--{option}=null"), f"{option} must not be null")
+
+
+def test_null_within_a_reward_is_found_and_where_it_means_something_it_is_taken() -> None:
+    reward = {"class_path": "lightning_modules.rewards.WeightedReward", "init_args": {"rewards": None, "weights": []}}
+    with pytest.raises(ConfigurationError, match=r"^model.reward.rewards must not be null"):
+        refuse_nulls({"model": {"class_path": "lightning_modules.RLOOModule", "init_args": {"reward": reward}}})
+    refuse_nulls({"model": {"class_path": "lightning_modules.DPOModule", "init_args": {"reference_model": None}}})

@@ -250,7 +250,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     result = cli("fit", "--config", config("SFTModule"))
-    assert_refused(result, "has room for 0 MB; make room there, or change checkpoint.dirpath")
+    assert_refused(result, "has room for 0.0 MB; make room there, or change checkpoint.dirpath")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
