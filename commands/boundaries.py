@@ -63,7 +63,7 @@ def strings(options: Any, name: str) -> Iterator[tuple[str, str]]:
 def leads_out(value: str, root: Path, *, is_folder: bool) -> bool:
     """Whether a path, or a part of one, is none within the run's folder."""
     path = Path(value)
-    if not value.isprintable() or ".." in re.split(r"[/\\\\]", value) or value.startswith("~"):
+    if not value.isprintable() or ".." in re.split(r"[/\\]", value) or value.startswith("~"):
         return True
     return (is_folder or path.is_absolute()) and not path.resolve().is_relative_to(root.resolve())
 

@@ -14,6 +14,7 @@ from datamodules.chat import (
     flaw,
     load_tokenizer,
     shortened,
+    stop_token_ids,
     tail_ids,
     turn_end,
 )
@@ -193,3 +194,11 @@ def test_real_tokens_are_those_of_tokenising_the_whole_text_at_once(
             text = qwen.apply_chat_template(row["chosen"], tokenize=False)
             at_once = qwen(text, add_special_tokens=False)["input_ids"]
             assert [*encode_conversation(qwen, row["chosen"]).input_ids, *tail_ids(qwen)] == at_once
+
+
+def test_a_completion_also_ends_with_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Once where the two are one; a base model that never saw the template ends its text with it."""
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert stop_token_ids(tokenizer) == ends
+    tokenizer.eos_token = "<|im_end|>"
+    assert stop_token_ids(tokenizer) == ends[:1]

@@ -38,14 +38,20 @@ save(1)
 write_s, left = time.monotonic() - started, 0
 for _ in range(kills):
     before = torch.load(target, weights_only=True)["generation"]
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
         generation = before
         while True:
             generation += 1
+            os.write(begins, b".")
             save(generation)
-    time.sleep(random_.uniform(0.0, 4 * write_s))
+    os.close(begins)
+    for _ in range(random_.randint(1, 3)):
+        os.read(begun, 1)
+    time.sleep(random_.uniform(0.0, 0.9 * write_s))
     os.kill(child, signal.SIGKILL)
+    os.close(begun)
     os.waitpid(child, 0)
     left += len(list(folder.iterdir())) - 1
     assert unusable(target, ("state_dict",)) == "", unusable(target, ())
@@ -59,7 +65,8 @@ print(found["generation"], left)
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_kill_while_writing_leaves_the_old_file_or_the_new_one(kills: int, tmp_path: Path) -> None:
-    """Also where TMPDIR lies on another file system; part of the kills must fall within a write to prove anything."""
+    """Also where TMPDIR lies on another file system. The kills fall within the first three writes, which say that they
+    begin, as outside of one they would prove nothing."""
     elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)
     environment = {**os.environ, "TMPDIR": elsewhere, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), str(kills)]
@@ -258,3 +265,24 @@ def test_a_sharded_checkpoint_s_index_is_read_without_running_it(tmp_path: Path)
     (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
     assert unusable(folder, ()) != ""
     assert not (tmp_path / "canary").exists()
+
+
+def test_bytes_reach_the_disk_before_the_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this order alone does a power cut leave the old file or the new one."""
+    order: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        sync(descriptor)
+
+    def replaced(source: Any, target: Any) -> None:
+        order.append(f"{Path(source).name} becomes {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_checkpoint(CHECKPOINT, tmp_path / "run" / "last.ckpt")
+    assert order == ["sync last.ckpt.partial", "last.ckpt.partial becomes last.ckpt", "sync run"]

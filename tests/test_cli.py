@@ -142,6 +142,7 @@ def test_validate_evaluates_every_checkpoint_of_a_folder(config: Any, tmp_path: 
     assert_refused(refused, "nowhere does not exist; name a checkpoint, or last")
 
 
+@pytest.mark.slow
 def test_a_planted_key_is_in_no_file_and_no_stream(config: Any, tmp_path: Path, server: RewardServer) -> None:
     """With W&B's records, a judge that echoes the key in its refusals, and every other file of the run."""
     key = "nvapi-planted-canary-0123456789"

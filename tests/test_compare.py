@@ -16,7 +16,7 @@ from callbacks.metrics_file import MetricsFile
 from commands import compare as command
 from commands.charts import thinned
 from commands.compare import compare
-from commands.run_files import Reader
+from commands.run_files import Reader, is_number
 from commands.runs import read_curves, read_runs
 from commands.tables import headline_table
 from core.errors import ConfigurationError
@@ -293,3 +293,7 @@ def test_a_failure_of_wandb_is_one_line_and_the_report_is_there(
     compare([make_run(tmp_path / "run", rewards=[1.0])], tmp_path / "report", wandb_mode="online")
     assert (tmp_path / "report" / "report.html").is_file()
     assert "note: W&B has no comparison (ConnectionError: no route [to] host)\n" in capsys.readouterr().out
+
+
+def test_only_a_finite_value_is_a_number() -> None:
+    assert [is_number(value) for value in (1, 0.5, math.nan, math.inf, None, "1", True)] == [True, True, *[False] * 5]

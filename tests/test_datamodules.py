@@ -1,6 +1,7 @@
 """Rows to batches: what is dropped and counted, what is cut, what is refused; on small files and on the real rows."""
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from core.errors import ConfigurationError
 from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
-from datamodules.chat import CHATML_TEMPLATE, Message, load_tokenizer
+from datamodules.chat import CHATML_TEMPLATE, Message, encode_conversation, load_tokenizer, tail_ids
 from datamodules.prompts import load_prompts
 
 
@@ -318,3 +319,55 @@ def test_real_pairs_are_handled_as_defined(real_data: Path) -> None:
     assert module.dropped["train_prefs"] == {"chosen equals rejected": 4, "empty completion": 2}
     lengths = [len(batch.tokens.input_ids[0]) for batch in module.val_dataloader()]
     assert max(lengths) <= 4096
+
+
+def test_the_order_of_the_rows_comes_from_the_data_s_seed(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [{"messages": [user(f"{i:02}"), assistant("a")]} for i in range(30)]
+    for budget in (None, 64):
+        orders = []
+        for seed in (1, 2, 1):
+            options = {"seed": seed, "tokens_per_batch": budget, "max_length": 64}
+            loader = talk(tmp_path, tiny_model_dir, rows, **options).train_dataloader()
+            orders.append([row for batch in loader for row in batch.input_ids.tolist()])
+        assert orders[0] == orders[2] != orders[1]
+        assert sorted(map(str, orders[0])) == sorted(map(str, orders[1]))
+
+
+def test_validation_shards_hold_each_row_once(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Seven rows on two processes: the padding that training's shards get would count a row twice."""
+    rows = [{"messages": [user(f"{i:02}"), assistant("a")]} for i in range(7)]
+    module = talk(tmp_path, tiny_model_dir, rows, batch_size=2)
+    shards = []
+    for rank in range(2):
+        strategy = types.SimpleNamespace(root_device=torch.device("cpu"))
+        fake: Any = types.SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy, overfit_batches=0)
+        module.trainer = fake
+        shards.append([row for batch in module.val_dataloader() for row in batch.input_ids.tolist()])
+    assert [len(shard) for shard in shards] == [4, 3]
+    assert len({str(row) for shard in shards for row in shard}) == 7
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_row_at_the_exact_limit_is_kept_and_one_token_more_is_not(
+    over: int, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """A conversation, a pair with the template's tail behind it, and a prompt of the evaluation."""
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    whole = encode_conversation(tokenizer, [user("q"), assistant("yes")]).input_ids
+    limit = len(whole) - over
+    kept = {"messages": [user("q"), assistant("y")]}
+    talks = talk(tmp_path / "a", tiny_model_dir, [{"messages": [user("q"), assistant("yes")]}, kept], max_length=limit)
+    assert talks.dropped["train"] == ({} if not over else {"too long": 1})
+
+    tail = len(tail_ids(tokenizer))
+    assert tail == 1
+    two = [pair("q", "yes", "no"), pair("q", "y", "n")]
+    pairs = feedback(tmp_path / "b", tiny_model_dir, two, task="preferences", max_length=limit + tail, batch_size=2)
+    assert pairs.dropped["train_prefs"] == ({} if not over else {"too long": 1})
+    assert max(batch.tokens.input_ids.shape[1] for batch in pairs.train_dataloader()) <= limit + tail
+
+    question = encode_conversation(tokenizer, [user("q")], add_generation_prompt=True).input_ids
+    write(tmp_path / "prompts.jsonl", [{"prompt": "q"}, {"prompt": ""}])
+    options = {"tokenizer": tokenizer, "count": 1, "max_length": len(question) - over}
+    (prompt,) = load_prompts(str(tmp_path / "prompts.jsonl"), "any", **options)
+    assert prompt.messages == [user("" if over else "q")]

@@ -33,7 +33,12 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param("SFTModule", marks=SLOW), pytest.param("RewardModule", marks=SLOW), "DPOModule", "RLOOModule"],
+    [
+        pytest.param("SFTModule", marks=SLOW),
+        pytest.param("RewardModule", marks=SLOW),
+        pytest.param("DPOModule", marks=SLOW),
+        "RLOOModule",
+    ],
 )
 def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, tmp_path: Path) -> None:
     overlay = ["--config", "configs/trainer/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]

@@ -215,3 +215,10 @@ def test_a_row_of_a_product_is_the_same_bits_in_any_number_of_rows(inputs: int) 
         for count in (1, 2, 3, 4, 5, 11, 12, 16, 17, 31):
             assert torch.equal(product(rows[:count]), together[:count])
             assert torch.equal(product(rows[-count:].clone()), together[-count:])
+
+
+def test_a_rotation_of_a_part_is_not_exactly_known() -> None:
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    assert not decodes(made(lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, rope_parameters=rope))))
+    rope["partial_rotary_factor"] = 1.0
+    assert decodes(made(lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, rope_parameters=rope))))

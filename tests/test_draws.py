@@ -98,3 +98,11 @@ def test_a_row_is_drawn_alike_in_any_batch(top_p: float, top_k: int) -> None:
         some, some_log_probs = draw_tokens(logits[rows], uniforms[rows], top_p=top_p, top_k=top_k)
         assert torch.equal(some, tokens[rows])
         assert torch.equal(some_log_probs, log_probs[rows])
+
+
+def test_the_nucleus_ends_with_the_token_that_reaches_it() -> None:
+    """Of .5, .25 and .25 the first alone holds half, so nothing else is drawn."""
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    for top_p, kept in ((0.5, {0}), (0.500001, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2})):
+        drawn = {int(draw_tokens(logits, torch.tensor([u / 100]), top_p=top_p)[0]) for u in range(100)}
+        assert drawn == kept, top_p

@@ -4,13 +4,17 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from callbacks import evaluation_completions
+from callbacks.evaluation_cache import EvaluationCache
+from callbacks.evaluation_completions import Decoding
 from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics
 from core.errors import ConfigurationError
-from datamodules.chat import Message
+from datamodules.chat import Message, load_tokenizer
 from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.identity import weights_digest
 from lightning_modules.rewards import WeightedReward
@@ -246,3 +250,35 @@ def test_reference_scores_are_kept_apart_by_judge_and_its_options() -> None:
 )
 def test_the_key_goes_over_tls_or_stays_on_this_machine(url: str, may: bool) -> None:
     assert keeps_a_secret(url) is may
+
+
+def test_whatever_changes_a_completion_is_in_its_key(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the tokens that would have ended it."""
+    keys: list[str] = []
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    cache = EvaluationCache(tmp_path / "evaluation.sqlite")
+    monkeypatch.setattr(cache, "completion", lambda key: keys.append(key) or ("kept", 1))
+
+    def look_up(*, digest: str = "a", stops: Sequence[int] = (1,), text: str = "q", **changes: Any) -> None:
+        monkeypatch.setattr(evaluation_completions, "stop_token_ids", lambda _: list(stops))
+        evaluation_completions.complete(
+            lambda *_: 1 / 0,  # type: ignore[arg-type, return-value]
+            tokenizer,
+            {0: [{"role": "user", "content": text}]},
+            model_digest=digest,
+            decoding=Decoding(8, 1.0, 1.0, 42)._replace(**changes),
+            batch_size=1,
+            cache=cache,
+            on_completion=lambda count: None,
+        )
+
+    changes: list[dict[str, Any]] = [{}, {"digest": "b"}, {"stops": (1, 2)}, {"text": "r"}]
+    changes += [{"max_completion_length": 9}, {"temperature": 0.5}, {"top_p": 0.5}, {"seed": 1}]
+    for change in changes:
+        look_up(**change)
+    assert len(set(keys)) == len(changes) == len(keys)
+    look_up()
+    assert keys[-1] == keys[0]
+    cache.close()

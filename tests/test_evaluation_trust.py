@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from callbacks import evaluation_metrics
+from callbacks import evaluation_completions, evaluation_metrics
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from core.errors import ConfigurationError
 from datamodules.chat import Message
@@ -407,3 +408,55 @@ def test_a_judge_that_raises_ends_no_training(talks: Path, tiny_model_dir: Path,
     metrics, pairs = read(tmp_path / "run" / "eval" / "epoch=1")
     assert (metrics["valid"], metrics["failed"], metrics["win_rate"]) == (False, 5, None)
     assert all(p["reward"] is None for p in pairs)
+
+
+def test_under_another_precision_both_sides_are_completed_anew(
+    talks: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[int] = []
+    sample = evaluation_completions.sample_completions
+
+    def counting(model: Any, prompt_ids: Any, **options: Any) -> Any:
+        sampled.append(len(prompt_ids))
+        return sample(model, prompt_ids, **options)
+
+    monkeypatch.setattr(evaluation_completions, "sample_completions", counting)
+    counts = []
+    for precision in ("32-true", "bf16-mixed", "32-true"):
+        judged = evaluation(talks, brevity, reference_model=str(tiny_model_dir), cache_dir=str(tmp_path / "cache"))
+        run(talks, tiny_model_dir, judged, root=tmp_path / precision, fit=False, precision=precision)
+        counts.append(sum(sampled))
+    assert counts == [10, 20, 20]
+
+
+def test_a_rank_completes_and_asks_about_its_own_prompts_alone(
+    talks: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = evaluation(talks, brevity, reference_model=str(tiny_model_dir), num_prompts=5)
+    shares = []
+    share = judged._share
+
+    def both(trainer: Trainer, module: Any) -> Any:
+        for rank in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(Trainer, "global_rank", rank)
+                patch.setattr(Trainer, "world_size", 2)
+                shares.append(share(trainer, module))
+        return share(trainer, module)
+
+    monkeypatch.setattr(judged, "_share", both)
+    run(talks, tiny_model_dir, judged, root=tmp_path / "run", fit=False)
+    assert [sorted(found.pairs) for found in shares] == [[0, 2, 4], [1, 3]]
+    assert [found.calls["asked"] + found.calls["cached"] for found in shares] == [3, 2]  # both sides say the same
+
+
+def test_a_share_of_failures_at_the_limit_is_valid_and_one_beyond_is_not(
+    talks: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    def without(*texts: str) -> Any:
+        return lambda prompts, completions: [math.nan if p[-1]["content"] in texts else 1.0 for p in prompts]
+
+    for reward, valid in ((without("q0"), True), (without("q0", "q1"), False)):
+        judged = evaluation(talks, reward, reference_model=str(tiny_model_dir), max_failed_share=0.2)
+        run(talks, tiny_model_dir, judged, root=tmp_path / str(valid), fit=False)
+        assert read(tmp_path / str(valid) / "eval" / "final")[0]["valid"] is valid

@@ -243,3 +243,23 @@ def test_a_switched_model_still_generates_and_saves_as_before(tmp_path: Path) ->
     switched.save_pretrained(tmp_path)
     assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "cohere_scale"])
+def test_the_entropy_is_tempered_whichever_logits_are_read(name: str) -> None:
+    """Of a model whose head is read in chunks, and of one whose own logits are taken."""
+    model = make(name)
+    batch = batch_of(ROWS, left=False)
+    found = completion_tokens(model, batch, temperature=1.7, entropy=True)
+    expected = []
+    for row, completed in zip(ROWS, (3, 2, 1, 4), strict=True):
+        logits = model(input_ids=torch.tensor([row])).logits[0, -completed - 1 : -1] / 1.7
+        expected.append(torch.distributions.Categorical(logits=logits).entropy())
+    torch.testing.assert_close(found.entropy, torch.cat(expected).detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_five_per_cent_off_are_no_common_factor() -> None:
+    weights = torch.tensor([0.5, -2.0, 1.0])
+    assert head.common_factor(3 * weights, weights) == pytest.approx(3.0)
+    assert head.common_factor(3 * weights * torch.tensor([1.0, 1.05, 1.0]), weights) is None
+    assert head.common_factor(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3)) is None

@@ -339,3 +339,11 @@ def test_copies_of_weights_and_the_cache_are_freed_when_sampling_ends(
         assert [reference() for reference in used] == [None]
     finally:
         gc.enable()
+
+
+def test_a_stop_token_beyond_the_vocabulary_is_no_token(model: PreTrainedModel) -> None:
+    """As a tokenizer may have more tokens than the model; with a minimum length its logit would be looked up."""
+    options: dict[str, Any] = {"max_completion_length": 4, "seeds": range(3), "min_length": 2}
+    plain = sample_completions(model, PROMPTS, stop_token_ids=[5], **options)
+    beyond = sample_completions(model, PROMPTS, stop_token_ids=[5, model.config.vocab_size], **options)
+    assert completions(beyond) == completions(plain)

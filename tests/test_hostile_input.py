@@ -1,5 +1,6 @@
 """Hostile files and options: each is refused, and nothing of it runs."""
 
+import io
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from callbacks.checkpoint_io import RESUMABLE, write_checkpoint
+from callbacks.checkpoint_io import RESUMABLE, IndexUnpickler, write_checkpoint
 from core.imports import is_allowed, own_modules
 from core.secrets import redact, secret_in
 from tests.command_line import Cli, assert_refused
@@ -300,6 +301,7 @@ def test_what_only_resembles_a_key_passes(monkeypatch: pytest.MonkeyPatch) -> No
     assert secret_in(harmless) is None
     monkeypatch.setenv("NVIDIA_API_KEY", "an-unusual-key")
     assert redact("refused: an-unusual-key at http://host/v1") == "refused: *** at http://host/v1"
+    assert redact("an-unusual-key, an-unusual-key") == "***, ***"
 
 
 def test_a_checkpoint_of_another_run_names_both_values(config: Any, tmp_path: Path, cli: Cli) -> None:
@@ -335,3 +337,43 @@ def test_a_reward_and_a_dataset_of_the_user_s_own_are_found(
     monkeypatch.syspath_prepend(tmp_path)
     result = cli("fit", "--config", path)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch.distributed.checkpoint.filesystem", "threading.Thread"),
+        ("torch.distributed.checkpoint.planner", "io.BytesIO"),
+        ("torch.distributed.checkpoint._experimental.checkpoint_reader", "os.PathLike"),
+        ("torch.utils.collect_env", "subprocess.Popen"),
+        ("torch", "serialization.os.mkdir"),
+        ("os", "mkdir"),
+    ],
+)
+def test_an_index_that_names_something_else_builds_nothing(module: str, name: str) -> None:
+    """Dotted names lead from a listed module to whatever it has imported."""
+    index = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)) + b"\x93."
+    with pytest.raises((pickle.UnpicklingError, ModuleNotFoundError, AttributeError)) as caught:
+        IndexUnpickler(io.BytesIO(index)).load()
+    if isinstance(caught.value, pickle.UnpicklingError):
+        assert "is no part of an index" in str(caught.value)
+    else:
+        pytest.fail(f"{module} has no {name}, so this proves nothing")
+
+
+def test_a_run_of_another_precision_is_not_gone_on_with(config: Any, tmp_path: Path, cli: Cli) -> None:
+    path = config("SFTModule", evaluation={"num_prompts": 0})
+    assert cli("fit", "--config", path).returncode == 0
+    refused = cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.precision", "bf16-mixed")
+    assert_refused(refused, "this one asks for 'bf16-mixed'")
+
+
+def test_a_parser_s_error_that_echoes_a_key_does_not_show_it(
+    config: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "an-unusual-key-of-no-form"
+    monkeypatch.setenv("NVIDIA_API_KEY", key)
+    result = cli("fit", "--config", config("SFTModule"), f"--trainer.max_epochs={key}", f"--trainer.{key}=1")
+    assert result.returncode == 2
+    assert "***" in result.stderr
+    assert key not in result.stderr

@@ -80,3 +80,16 @@ def test_reward_is_read_at_the_last_token_even_where_that_is_the_pad_token(tiny_
     for row, score in zip(rows, scores.tolist(), strict=True):
         hidden = model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, -1]
         assert score == pytest.approx(model.score(hidden).item(), abs=1e-5)
+
+
+def test_a_score_is_not_rounded_under_autocast(tiny_model_dir: Path) -> None:
+    """The head is left in float32, as bfloat16 would round scores near 10 to steps of 0.06."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1, dtype=torch.float32).eval()
+    torch.nn.init.normal_(model.score.weight, std=5.0, generator=torch.Generator().manual_seed(1))
+    batch = pad([[1, 2, 3], [5, 6]], [[False] * 3, [False] * 2], pad_token_id=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = sequence_scores(model, batch)
+        hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert not torch.equal(scores, scores.bfloat16().float())
+    last = torch.stack([hidden.last_hidden_state[0, 2], hidden.last_hidden_state[1, 1]]).float()
+    torch.testing.assert_close(scores, (last @ model.score.weight.float().T)[:, 0], atol=0.2, rtol=0.02)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import tempfile
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,90 @@ def test_rloo_rewards_see_each_prompt_with_its_own_samples(tiny_model_dir: Path)
 def test_options_without_sense_are_refused_before_any_weight_is_loaded(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         rloo(Path("outputs/nowhere"), [1.0], **options)
+
+
+def test_the_mean_is_over_all_ranks(tiny_model_dir: Path) -> None:
+    """Of two ranks that hold 3 units and 1, whose gradients the strategy has averaged, in windows of two batches."""
+    module = SFTModule(model_name=str(tiny_model_dir))
+    module.configure_model()
+    asked: list[str] = []
+
+    class Strategy:
+        def reduce(self, tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            asked.append(reduce_op)
+            return tensor + 1 if reduce_op == "sum" else (tensor + 1) / 2
+
+    fake: Any = types.SimpleNamespace(strategy=Strategy(), accumulate_grad_batches=2, world_size=2)
+    module._trainer = fake
+    module._step_count = torch.tensor(3.0)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), lr=1.0))
+    assert {round(p.grad.max().item(), 6) for p in module.parameters() if p.grad is not None} == {0.5 * 2 * 2 / 4}
+    assert asked == ["sum"]
+
+
+def test_each_rollout_is_replayed_in_its_own_step_alone(tiny_model_dir: Path) -> None:
+    module = rloo(tiny_model_dir, [float(n) for n in range(12)], updates_per_rollout=2, learning_rate=0.01)
+    replayed = []
+    further = module.further_update
+    module.further_update = lambda rollout: replayed.append(rollout) or further(rollout)  # type: ignore
+    first_gradients(module, [prompt_batch([text]) for text in "abc"])
+    assert len(replayed) == 3
+    assert len({id(rollout) for rollout in replayed}) == 3
+
+
+def test_a_replay_over_an_accumulated_window_has_the_gradient_of_the_window(tiny_model_dir: Path) -> None:
+    """As the first update of the same samples has, where the policy has not moved in between."""
+    module = rloo(tiny_model_dir, list(range(8)), updates_per_rollout=2, learning_rate=1e-12, clip_range=0.9)
+    found: list[dict[str, torch.Tensor]] = []
+    clip = module.configure_gradient_clipping
+
+    def remembering(*args: Any, **kwargs: Any) -> None:
+        clip(*args, **kwargs)
+        found.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+
+    module.configure_gradient_clipping = remembering  # type: ignore[method-assign]
+    first_gradients(module, [prompt_batch(["a"]), prompt_batch(["b"])], accumulate=2)
+    assert len(found) == 2
+    assert_equal(found[1], found[0])
+
+
+def test_dpo_takes_no_nan_margin_for_none(tiny_model_dir: Path, model: Any) -> None:
+    module = dpo(tiny_model_dir)
+    module.model = model
+    for margins in ([math.nan, 0.0], [math.nan] * 2, [math.inf, 0.0]):
+        with pytest.raises(RuntimeError, match=r"margins must be 0"):
+            module.check_policy_is_reference(torch.tensor(margins))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+        ("constant_with_warmup", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("cosine", [0.0, 0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * n / 4)) for n in (1, 2, 3))]),
+    ],
+)
+def test_the_schedule_and_what_decays_by_hand(tiny_model_dir: Path, schedule: Any, rates: list[float]) -> None:
+    """Six steps, a third of them to warm up; matrices decay, norms and biases do not."""
+    module = SFTModule(
+        model_name=str(tiny_model_dir), learning_rate=0.1, weight_decay=0.3, schedule=schedule, warmup_ratio=1 / 3
+    )
+    module.configure_model()
+    fake: Any = types.SimpleNamespace(estimated_stepping_batches=6, precision_plugin=None)
+    module._trainer = fake
+    configured: Any = module.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    seen = []
+    for _ in rates:
+        seen.append(optimizer.param_groups[0]["lr"] / 0.1)
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx(rates)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all(name.endswith(("norm.weight", "layernorm.weight", ".bias")) for name in spared)
+    assert not any("norm" in name or name.endswith("bias") for name in decayed)
+    assert len(decayed | spared) == len(names)

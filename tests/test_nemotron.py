@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.request import getproxies_environment
@@ -713,3 +714,57 @@ def test_a_further_attempt_counts_against_the_limit(server: RewardServer, clock:
     server.answers(Reply(status=500), text_reply("reward:2.5"))
     assert score_one(client(server, requests_per_minute=1)) == 2.5
     assert clock.now == pytest.approx(1000.0 + rate_limit.WINDOW_S)
+
+
+def test_the_budget_is_one_for_all_threads(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen threads look at it in the same moment, and three calls are left."""
+    reward = client(server, parallel_requests=16, max_calls=3)
+    asking_ = asking.Asking(reward, requests.Session())
+    started = threading.Barrier(16)
+    seen = type(reward)
+
+    class Slow(seen):  # type: ignore[valid-type, misc]
+        """Between the look at what is left and the spending of it, others get a turn."""
+
+        @property
+        def calls_left(self) -> int | None:
+            left = self.__dict__["calls_left"]
+            time.sleep(0.01)
+            return left  # type: ignore[no-any-return]
+
+        @calls_left.setter
+        def calls_left(self, value: int | None) -> None:
+            self.__dict__["calls_left"] = value
+
+    reward.__class__ = Slow
+
+    def ask(_: int) -> bool:
+        started.wait(5)
+        return asking_._may_ask()
+
+    with ThreadPoolExecutor(16) as pool:
+        taken = sum(pool.map(ask, range(16)))
+    assert taken == 3
+    assert reward.calls["requests"] == 3
+
+
+def test_a_turn_that_is_not_taken_is_given_back_to_the_budget(server: RewardServer) -> None:
+    """Where the rate's limit would have it wait beyond the time limit."""
+    reward = client(server, requests_per_minute=1, max_calls=5, time_limit_s=0.2)
+    scores = reward([PROMPT] * 2, ["a", "b"])
+    assert sum(math.isnan(score) for score in scores) == 1
+    assert reward.calls_left == 4
+
+
+def test_what_is_served_is_not_looked_up_behind_a_redirect(
+    server: RewardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def get(self: Any, url: str, **options: Any) -> Any:
+        asked.append(options)
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests.Session, "get", get)
+    assert client(server)._served() == []
+    assert [options["allow_redirects"] for options in asked] == [False] * 3

@@ -127,18 +127,28 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: Recorder, directory: Path, ckpt_path: str | None = None, **saving: Any) -> None:
+def fit(
+    module: Recorder,
+    directory: Path,
+    ckpt_path: str | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **saving: Any,
+) -> None:
     rows = torch.utils.data.TensorDataset(torch.ones(8, 1))
+    options = {
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 5,  # within a window: it is moved to its start
+        **(trainer_options or {}),
+    }
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
-        accumulate_grad_batches=2,
-        val_check_interval=5,  # within a window: it is moved to its start
-        callbacks=[Preemption(), BoundaryCheckpoint(directory, monitor=None, save_top_k=0, **saving)],
+        callbacks=[Preemption(), BoundaryCheckpoint(directory, **{"monitor": None, "save_top_k": 0, **saving})],
         plugins=[WholeCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     loaders = [torch.utils.data.DataLoader(rows), torch.utils.data.DataLoader(rows)]
     trainer.fit(module, *loaders, ckpt_path=ckpt_path, weights_only=True)
@@ -219,3 +229,29 @@ def test_a_signal_in_a_validation_leaves_it_at_once_and_makes_up_for_it(step: in
     assert first.events[-1] == ("validate", step, 2)
     fit(second, tmp_path / "run", str(tmp_path / "run" / "last.ckpt"))
     assert first.events[:-3] + second.events == whole.events
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "window", "steps"),
+    [({"every_n_train_steps": 1}, 2, [1, 2, 3, 4, 5, 6, 7, 8]), ({}, 4, [1, 2, 3, 4])],
+)
+def test_saves_fall_on_a_window_s_end_and_none_that_is_due_is_dropped(
+    options: dict[str, Any], window: int, steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a validation within a window, whose save waits for the window's end."""
+    found: list[tuple[int, int]] = []
+    save = WholeCheckpointIO.save_checkpoint
+
+    def watched(self: Any, checkpoint: dict[str, Any], path: Any, **more: Any) -> None:
+        ready = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"]
+        found.append((checkpoint["global_step"], ready % window))
+        save(self, checkpoint, path, **more)
+
+    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", watched)
+    trainer: dict[str, Any] = {"accumulate_grad_batches": window}
+    if window == 4:
+        trainer["val_check_interval"] = 3  # after batches 3 and 6 of 8, within windows of four
+    fit(Recorder(), tmp_path, trainer_options=trainer, save_top_k=-1, filename="{step}", **options)
+    assert sorted({step for step, _ in found}) == steps
+    assert {place for _, place in found} == {0}

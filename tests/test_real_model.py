@@ -44,6 +44,7 @@ def test_a_real_model_trains_and_stops_at_the_end_of_its_turn(
         assert tokenizer.decode(ids) == "yes<|im_end|>"
 
 
+@pytest.mark.slow
 def test_rloo_raises_a_rule_reward_clearly_within_a_few_dozen_steps(
     real_data: Path, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

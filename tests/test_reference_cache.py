@@ -153,3 +153,18 @@ def test_a_pairs_key_is_its_content_and_not_its_padding_or_neighbours() -> None:
 
 def test_a_run_that_ends_early_asks_about_no_pair_that_it_will_not_see(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert len(fit(tiny_model_dir, tmp_path, limits={"max_steps": 2, "max_epochs": -1})[1]) == 2
+
+
+def test_under_another_precision_the_reference_is_asked_anew(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """And under the run's own, precomputed or not: the weights after training are the same."""
+    trained = {}
+    for precision in ("bf16-mixed", "32-true"):
+        for precompute in (True, False):
+            options = {"precompute_reference": precompute, "limits": {"precision": precision}}
+            module, asked = fit(tiny_model_dir, tmp_path, **options)
+            assert len(asked) == (3 if precompute else 6)
+            trained[precision, precompute] = weights(module)
+    for precision in ("bf16-mixed", "32-true"):
+        assert torch.equal(trained[precision, True], trained[precision, False])
+    assert not torch.equal(trained["bf16-mixed", True], trained["32-true", True])
+    assert len(list((tmp_path / "cache").iterdir())) == 2

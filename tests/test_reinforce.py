@@ -110,3 +110,13 @@ def test_expected_gradient_is_the_gradient_of_the_expected_reward() -> None:
         expected += log_probs.exp().prod().item() * gradient
     truth = torch.autograd.grad((logits.softmax(0) * scores).sum(), logits)[0]
     torch.testing.assert_close(-expected, truth)
+
+
+def test_a_ratio_beyond_all_bounds_is_no_nan() -> None:
+    """e^200 is infinite in float32, and infinity times an advantage of 0 would be NaN."""
+    log_probs = torch.tensor([[200.0, -1.0]], requires_grad=True)
+    losses = clipped_policy_gradient_loss(log_probs, torch.zeros(1, 2), torch.tensor([[0.0, 0.0]]), clip_range=0.2)
+    losses.sum().backward()
+    assert log_probs.grad is not None
+    assert losses.isfinite().all()
+    assert log_probs.grad.isfinite().all()

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -19,7 +20,15 @@ from demo.judge import BEST, WORST, judge
 from demo.tasks import KINDS, OPPOSITES, Kind, draw_exercise, right_answer, wrong_answer
 from lightning_modules import SFTModule
 from lightning_modules.loading import load_reward_model
-from lightning_modules.rewards import ModelReward, Reward, SGLangReward, VLLMReward, WeightedReward, resolve_reward
+from lightning_modules.rewards import (
+    CausalModelReward,
+    ModelReward,
+    Reward,
+    SGLangReward,
+    VLLMReward,
+    WeightedReward,
+    resolve_reward,
+)
 from lightning_modules.rewards.base import checked_scores, reward_name
 from lightning_modules.rewards.preflight import preflight
 from lightning_modules.rewards.rules import Mentions, brevity
@@ -425,3 +434,24 @@ def test_a_reward_that_hangs_is_left_to_itself() -> None:
     with pytest.raises(ConfigurationError, match=r"Hanging has not scored 1 completions within 0.2 s; mend it, or"):
         checked_scores(Hanging(), [[]], ["x"])
     assert checked_scores(brevity, [[]], ["x"]) == [-1.0]
+
+
+def test_a_local_model_scores_alike_under_autocast(reward_dir: Path, plain_scores: list[float]) -> None:
+    """As it is asked within a training step under bf16-mixed."""
+    reward = ModelReward(str(reward_dir))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert reward(PROMPTS, COMPLETIONS) == reward(PROMPTS, COMPLETIONS) == pytest.approx(plain_scores, abs=1e-4)
+
+
+def test_whatever_changes_a_local_model_s_score_is_in_its_identity(reward_dir: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(reward_dir, tmp_path / "other")
+    (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + " ")
+    made = [
+        ModelReward(str(reward_dir)),
+        ModelReward(str(reward_dir), max_length=7),
+        ModelReward(str(reward_dir), dtype="bfloat16"),
+        ModelReward(str(other)),
+        CausalModelReward(str(reward_dir)),
+    ]
+    assert len({str(reward.identity) for reward in made}) == len(made)
+    assert ModelReward(str(reward_dir), batch_size=1).identity == made[0].identity

@@ -1,13 +1,17 @@
 """RLOO's samples in a whole run: the sampler's drift from training, one prefill, no reference without a penalty."""
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli import main
-from lightning_modules import rloo
+from datamodules.batches import PromptBatch
+from lightning_modules import RLOOModule, rloo
+from lightning_modules.rewards.rules import brevity
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -72,3 +76,27 @@ def test_each_prompt_is_read_once_for_its_samples(config: Any, tmp_path: Path, m
     metrics(monkeypatch, made, tmp_path)
     assert {count for _, count, _ in asked} == {1, 3}  # validation, training
     assert all(rows == prompts * count for prompts, count, rows in asked)
+
+
+def test_every_word_changes_the_samples_seeds(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's seed, the epoch, the batch, the process, and whether it trains; each sample has one of its own."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(rloo, "sample_completions", lambda *_, seeds, **__: asked.append(tuple(seeds)) or 1 / 0)
+    module = RLOOModule(model_name=str(tiny_model_dir), reward=brevity)
+    module.configure_model()
+    batch = PromptBatch([[{"role": "user", "content": "a"}]] * 2, [torch.tensor([1, 2])] * 2)
+
+    def seeds(*, seed: str = "1", epoch: int = 0, batch_idx: int = 0, rank: int = 0, trains: bool = True) -> None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        fake: Any = types.SimpleNamespace(current_epoch=epoch, global_rank=rank)
+        module._trainer = fake
+        with pytest.raises(ZeroDivisionError):
+            (module.training_step if trains else module.validation_step)(batch, batch_idx)
+
+    changes: list[dict[str, Any]] = [{}, {"seed": "2"}, {"epoch": 1}, {"batch_idx": 1}, {"rank": 1}, {"trains": False}]
+    for change in changes:
+        seeds(**change)
+    assert [len(found) for found in asked] == [8] * 5 + [2]
+    assert len({seed for found in asked for seed in found}) == 8 * 5 + 2
+    seeds()
+    assert asked[-1] == asked[0]

@@ -1,0 +1,583 @@
+"""Plants small defects in copies of the suite, one at a time, and says which of them its tests do not notice.
+
+    python -m tests.mutants                all of them, two at a time: about half an hour
+    python -m tests.mutants rloo.py        those whose file or text holds a word
+    python -m tests.mutants --check        only whether each still finds its place
+
+A defect finds its place by text, so that it outlives edits around it. Each names the tests that should notice it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 300
+
+
+class Mutant(NamedTuple):
+    """A defect: in the file the text, which is there once, becomes the replacement."""
+
+    file: str
+    text: str
+    replacement: str
+    tests: str
+    """Arguments for pytest."""
+
+
+IO, BASE, RLOO, DPO = (
+    "callbacks/checkpoint_io.py",
+    "lightning_modules/base.py",
+    "lightning_modules/rloo.py",
+    "lightning_modules/dpo.py",
+)
+EVALUATION, ASKING, HTTP = (
+    "callbacks/nemotron_evaluation.py",
+    "lightning_modules/rewards/asking.py",
+    "lightning_modules/rewards/http.py",
+)
+DATA, BOUNDARY, EXPORT = "datamodules/base.py", "callbacks/boundary_checkpoint.py", "callbacks/hugging_face_export.py"
+FOLDER, KEYS, CHAT = "commands/run_folder.py", "lightning_modules/rewards/keys.py", "datamodules/chat.py"
+
+PLANTED = [
+    Mutant(IO, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
+    Mutant(
+        BASE,
+        'to(self.device), reduce_op="sum")',
+        'to(self.device), reduce_op="mean")',
+        "tests/test_modules.py -k ranks",
+    ),
+    Mutant(RLOO, "        self._rollouts.clear()\n", "", "tests/test_modules.py -k rollout"),
+    Mutant(
+        RLOO,
+        "backward(loss / self.trainer.accumulate_grad_batches, raw)",
+        "backward(loss, raw)",
+        "tests/test_modules.py -k replay",
+    ),
+    Mutant(
+        KEYS, 'return host == "localhost"', 'return host.startswith("localhost")', "tests/test_boundaries.py -k owner"
+    ),
+    Mutant(
+        EVALUATION,
+        "range(trainer.global_rank, len(self._prompts), trainer.world_size)",
+        "range(len(self._prompts))",
+        "tests/test_evaluation_trust.py -k rank",
+    ),
+    Mutant(DPO, "-{self.trainer.precision}-", "-", "tests/test_reference_cache.py -k precision"),
+    Mutant(
+        "lightning_modules/reference_cache.py",
+        "with trainer.precision_plugin.train_step_context():",
+        "if True:",
+        "tests/test_reference_cache.py -k precision",
+    ),
+    Mutant(
+        "callbacks/evaluation_completions.py",
+        'arithmetic = f"{self.trainer.precision} ',
+        'arithmetic = f"',
+        "tests/test_evaluation_trust.py -k precision",
+    ),
+    Mutant(
+        "callbacks/run_options.py",
+        '"gradient_clip_algorithm", "precision")',
+        '"gradient_clip_algorithm")',
+        "tests/test_hostile_input.py -k precision",
+    ),
+    Mutant(
+        RLOO,
+        "seed_words=(self.current_epoch, batch_idx)",
+        "seed_words=(batch_idx,)",
+        "tests/test_rloo_sampling.py -k seeds",
+    ),
+    Mutant(RLOO, "*seed_words, self.global_rank)", "*seed_words)", "tests/test_rloo_sampling.py -k seeds"),
+    Mutant(RLOO, 'os.environ.get("PL_GLOBAL_SEED", "0")', '"0"', "tests/test_rloo_sampling.py -k seeds"),
+    Mutant(DATA, "rank, shuffle=True, seed=self.seed)", "rank, shuffle=True)", "tests/test_datamodules.py -k order"),
+    Mutant(DATA, "                seed=self.seed,\n", "", "tests/test_datamodules.py -k order"),
+    Mutant(
+        "lightning_modules/forward.py",
+        "with torch.autocast(pooled.device.type, enabled=False):",
+        "if True:",
+        "tests/test_log_probs.py -k autocast",
+    ),
+    Mutant(
+        "lightning_modules/rewards/reward_model.py",
+        "with torch.autocast(model.device.type, enabled=False):",
+        "if True:",
+        "tests/test_rewards.py -k autocast",
+    ),
+    Mutant(
+        DPO,
+        "pair_log_probs(read_tokens(policy)), pair_log_probs(read_tokens(reference))",
+        "pair_log_probs(read_tokens(reference)), pair_log_probs(read_tokens(policy))",
+        "tests/test_validation_figures.py",
+    ),
+    Mutant(
+        "lightning_modules/reward.py",
+        "self.val_margin.update(chosen - rejected)",
+        "self.val_margin.update(rejected - chosen)",
+        "tests/test_validation_figures.py",
+    ),
+    Mutant(
+        "lightning_modules/reward.py",
+        "self.val_accuracy.update(accuracy(chosen - rejected))",
+        "self.val_accuracy.update(accuracy(rejected - chosen))",
+        "tests/test_validation_figures.py",
+    ),
+    Mutant(
+        RLOO,
+        'self.update_val("score", scores[~scores.isnan()])',
+        'self.update_val("score", scores.nan_to_num())',
+        "tests/test_validation_figures.py",
+    ),
+    Mutant(
+        DPO,
+        "if not (margins.abs().max() <= tolerance and abs(loss - math.log(2)) <= tolerance):",
+        "if margins.abs().max() > tolerance or abs(loss - math.log(2)) > tolerance:",
+        "tests/test_modules.py -k margin",
+    ),
+    Mutant(
+        BASE,
+        '[p for p in trained if p.ndim < 2], "weight_decay": 0.0',
+        '[p for p in trained if p.ndim < 2], "weight_decay": self.weight_decay',
+        "tests/test_modules.py -k decay",
+    ),
+    Mutant(BASE, "round(self.warmup_ratio * steps)", "round(self.warmup_ratio)", "tests/test_modules.py -k schedule"),
+    Mutant("callbacks/ranks.py", "            if failure is not None:", "            if False:", "tests/test_ranks.py"),
+    Mutant(
+        BOUNDARY,
+        "        if not at_step_boundary(trainer):\n            return\n",
+        "",
+        "tests/test_preemption.py -k window",
+    ),
+    Mutant(
+        BOUNDARY,
+        "            self.on_validation_end(trainer, pl_module)\n",
+        "            pass\n",
+        "tests/test_preemption.py -k window",
+    ),
+    Mutant(IO, "            os.fsync(file.fileno())\n", "", "tests/test_checkpoint_io.py -k order"),
+    Mutant(IO, "        sync_directory(target.parent)\n", "", "tests/test_checkpoint_io.py -k order"),
+    Mutant(
+        "commands/parsing.py",
+        "shown(redact(explain(message, options)))",
+        "shown(explain(message, options))",
+        "tests/test_hostile_input.py -k echo",
+    ),
+    Mutant(
+        "core/secrets.py",
+        'text.replace(value, "***")',
+        'text.replace(value, "***", 1)',
+        "tests/test_hostile_input.py -k resembles",
+    ),
+    Mutant(
+        CHAT,
+        "dict.fromkeys([turn_end(tokenizer).token_id, tokenizer.eos_token_id])",
+        "dict.fromkeys([turn_end(tokenizer).token_id])",
+        "tests/test_chat.py -k end_of_text",
+    ),
+    Mutant(EXPORT, "    model.config.eos_token_id = stops[0]\n", "", "tests/test_cli.py -k promised"),
+    Mutant(EXPORT, '"eos_token_id": stops,', '"eos_token_id": stops[:1],', "tests/test_cli.py -k promised"),
+    Mutant(
+        DATA,
+        "UnrepeatedDistributedSampler(rows, num_replicas",
+        "DistributedSampler(rows, num_replicas",
+        "tests/test_datamodules.py -k shards",
+    ),
+    Mutant(
+        DATA,
+        '"max_length": self.max_length - tail,',
+        '"max_length": self.max_length,',
+        "tests/test_datamodules.py -k exact_limit",
+    ),
+    Mutant(
+        "lightning_modules/forward.py",
+        "token_entropy(logits.detach(), temperature=temperature)",
+        "token_entropy(logits.detach())",
+        "tests/test_fast_paths.py -k entropy",
+    ),
+    Mutant("lightning_modules/functional/reinforce.py", ".clamp(-20, 20).exp()", ".exp()", "tests/test_reinforce.py"),
+    Mutant(
+        "lightning_modules/functional/head.py",
+        "rtol=1e-5, atol=0",
+        "rtol=0.1, atol=0",
+        "tests/test_fast_paths.py -k weights",
+    ),
+    Mutant(
+        "lightning_modules/rewards/reward_model.py",
+        "self.max_length, self.dtype]",
+        "self.max_length]",
+        "tests/test_rewards.py -k identity",
+    ),
+    Mutant(
+        "callbacks/evaluation_completions.py",
+        "cache_key(model_digest, encoded[n], stops, seeds[n]",
+        "cache_key(model_digest, encoded[n], seeds[n]",
+        "tests/test_evaluation.py -k key",
+    ),
+    Mutant(
+        ASKING,
+        "        with self._lock:\n            if self.source.calls_left is not None and",
+        "        if True:\n            if self.source.calls_left is not None and",
+        "tests/test_nemotron.py -k budget",
+    ),
+    Mutant(ASKING, "            self._spend(-1)\n", "            pass\n", "tests/test_nemotron.py -k budget"),
+    Mutant(
+        ASKING,
+        "            if len(body) > LARGEST_REPLY:",
+        "            if False:",
+        "tests/test_nemotron.py -k too_large",
+    ),
+    Mutant(
+        EVALUATION,
+        "failed <= self.max_failed_share * prompts",
+        "failed < self.max_failed_share * prompts",
+        "tests/test_evaluation.py -k share",
+    ),
+    Mutant(
+        "datamodules/prompts.py",
+        "or tokens > max_length:",
+        "or tokens >= max_length:",
+        "tests/test_datamodules.py -k exact_limit",
+    ),
+    Mutant(
+        "lightning_modules/functional/sampling.py",
+        "probabilities.cumsum(-1) - probabilities >= top_p",
+        "probabilities.cumsum(-1) - probabilities > top_p",
+        "tests/test_draws.py",
+    ),
+    Mutant(
+        "lightning_modules/generation.py",
+        " if token < model.config.vocab_size]",
+        "]",
+        "tests/test_generation.py -k vocabulary",
+    ),
+    Mutant(
+        "lightning_modules/decode.py",
+        '        and rope.get("partial_rotary_factor", 1.0) == 1.0\n',
+        "",
+        "tests/test_decode.py -k exactly",
+    ),
+    Mutant(
+        HTTP,
+        "timeout=self.timeout_s, allow_redirects=False)",
+        "timeout=self.timeout_s)",
+        "tests/test_nemotron.py -k redirect",
+    ),
+    Mutant(
+        "commands/run_files.py",
+        "isinstance(value, bool) and math.isfinite(value)\n\n\ndef is_number_or_none",
+        "isinstance(value, bool)\n\n\ndef is_number_or_none",
+        "tests/test_compare.py tests/test_broken_runs.py -k number",
+    ),
+]
+"""Defects that once passed all tests (issue by issue, by their harm)."""
+
+OWN = [
+    Mutant(EXPORT, "if place.exists() and not is_export(place):", "if False:", "tests/test_run_folder.py -k export"),
+    Mutant(
+        EXPORT,
+        "            shutil.rmtree(old, ignore_errors=True)\n            target.rename(old)\n",
+        "            shutil.rmtree(target)\n",
+        "tests/test_run_folder.py -k export",
+    ),
+    Mutant(
+        EXPORT,
+        "        shutil.rmtree(partial, ignore_errors=True)\n        told",
+        "        told",
+        "tests/test_run_folder.py -k export",
+    ),
+    Mutant(
+        FOLDER,
+        "        if self._owns(self.final) and is_export(self.final):",
+        "        if True:",
+        "tests/test_run_folder.py -k starting_over",
+    ),
+    Mutant(
+        FOLDER,
+        "        if self._owns(self.checkpoints):\n",
+        "        if True:\n",
+        "tests/test_run_folder.py -k starting_over",
+    ),
+    Mutant(
+        FOLDER,
+        "    if path.is_dir() and not path.is_symlink():\n        shutil",
+        "    if path.is_dir():\n        shutil",
+        "tests/test_run_folder.py -k starting_over",
+    ),
+    Mutant(
+        FOLDER,
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "tests/test_run_folder.py -k at_a_time",
+    ),
+    Mutant(FOLDER, "            if place.is_symlink():", "            if False:", "tests/test_run_folder.py -k link"),
+    Mutant(
+        BOUNDARY,
+        "        return inside and super()",
+        "        return super()",
+        "tests/test_run_folder.py -k record_of_others",
+    ),
+    Mutant(
+        BOUNDARY,
+        "copies * checkpoint_bytes(pl_module)",
+        "0 * checkpoint_bytes(pl_module)",
+        "tests/test_run_folder.py -k room",
+    ),
+    Mutant(
+        "core/files.py",
+        "os.O_EXCL | getattr",
+        "os.O_TRUNC | getattr",
+        "tests/test_bad_days.py tests/test_core_files.py -k file",
+    ),
+    Mutant(
+        "core/files.py",
+        "        with suppress(OSError):\n            partial.unlink()\n",
+        "        pass\n",
+        "tests/test_bad_days.py -k whole_file",
+    ),
+    Mutant(
+        KEYS,
+        'return f".{urlsplit(url).hostname or \'\'}".endswith(".nvidia.com")',
+        'return (urlsplit(url).hostname or "").endswith("nvidia.com")',
+        "tests/test_boundaries.py -k owner",
+    ),
+    Mutant(
+        KEYS,
+        "asked.port or default,\n        )",
+        "named.port or default,\n        )",
+        "tests/test_boundaries.py -k owner",
+    ),
+    Mutant(KEYS, 'if "\\\\" in url or "@" in url or', "if", "tests/test_boundaries.py -k address"),
+    Mutant(KEYS, "or (variable == OWN_KEY and not is_named(url))", "", "tests/test_boundaries.py -k owner"),
+    Mutant(KEYS, "if not key or not keeps_a_secret(url) or", "if not key or", "tests/test_boundaries.py -k owner"),
+    Mutant(
+        "commands/boundaries.py",
+        'if HOST.search(last) or "://" in value:',
+        "if HOST.search(last):",
+        "tests/test_boundaries.py -k host",
+    ),
+    Mutant(
+        "commands/boundaries.py", '".." in re.split(r"[/\\\\]", value) or ', "", "tests/test_boundaries.py -k within"
+    ),
+    Mutant(
+        "commands/boundaries.py",
+        "path.resolve().is_relative_to(root.resolve())",
+        "path.is_relative_to(root)",
+        "tests/test_boundaries.py -k within",
+    ),
+    Mutant("core/plain.py", "        if depth > DEEPEST:", "        if False:", "tests/test_boundaries.py -k explode"),
+    Mutant(
+        "core/plain.py",
+        "            sizes[id(value)] = MOST  # what it counts within itself\n",
+        "",
+        "tests/test_boundaries.py -k explode",
+    ),
+    Mutant(
+        "core/imports.py",
+        "    if name not in _modules_in(Path.cwd()) or _found_in(name, Path.cwd()):",
+        "    if True:",
+        "tests/test_boundaries.py -k installed",
+    ),
+    Mutant(
+        "cli.py",
+        "sys.path.append(os.getcwd())",
+        "sys.path.insert(0, os.getcwd())",
+        "tests/test_boundaries.py -k current_directory",
+    ),
+    Mutant(
+        "lightning_modules/loading.py",
+        "    if attention not in ATTENTIONS:",
+        "    if False:",
+        "tests/test_foreign_models.py -k attention",
+    ),
+    Mutant(
+        "lightning_modules/loading.py",
+        "if Path(file).name != file or not file",
+        "if not file",
+        "tests/test_foreign_models.py -k index",
+    ),
+    Mutant(CHAT, "    if len(text) > LARGEST_RENDERED:", "    if False:", "tests/test_foreign_models.py -k huge"),
+    Mutant(
+        "core/limits.py",
+        "            left_s = before_s - (time.monotonic() - started)",
+        "            left_s = 0.0",
+        "tests/test_foreign_models.py -k alarm",
+    ),
+    Mutant(
+        "callbacks/model_card.py",
+        'for name in ("method", "method_name", "dataset", "evaluation")},',
+        "for name in stage},",
+        "tests/test_foreign_models.py -k lineage",
+    ),
+    Mutant(
+        "callbacks/evaluation_cache.py",
+        "        if row is None or not isinstance(row[0], (int, float)) or not math.isfinite(row[0]):",
+        "        if row is None:",
+        "tests/test_bad_days.py -k values",
+    ),
+    Mutant(
+        "callbacks/evaluation_cache.py",
+        "            self._file = self._next(error)\n",
+        "            raise\n",
+        "tests/test_bad_days.py -k damaged",
+    ),
+    Mutant(
+        "callbacks/metrics_file.py",
+        "                    os.ftruncate(descriptor, before)\n",
+        "",
+        "tests/test_bad_days.py -k full_disk",
+    ),
+    Mutant(
+        "lightning_modules/reference_cache.py",
+        "        file.add(found)\n",
+        "",
+        "tests/test_bad_days.py tests/test_reference_cache.py",
+    ),
+    Mutant(
+        "callbacks/preemption.py",
+        "(not fits or prepares or alone)",
+        "(not fits or alone)",
+        "tests/test_bad_days.py -k sigterm",
+    ),
+    Mutant(
+        "lightning_modules/rewards/calling.py",
+        "copy.deepcopy([list(prompt) for prompt in prompts])",
+        "[list(prompt) for prompt in prompts]",
+        "tests/test_rewards.py -k copies",
+    ),
+    Mutant("lightning_modules/rewards/calling.py", "        _worker.clear()\n", "", "tests/test_rewards.py -k hangs"),
+    Mutant(
+        "lightning_modules/rewards/rate_limit.py",
+        "now = time.monotonic()",
+        "now = time.time()",
+        "tests/test_rate_limit.py -k clock",
+    ),
+    Mutant(
+        "lightning_modules/rewards/rate_limit.py",
+        " and not found.st_mode & 0o077",
+        "",
+        "tests/test_rate_limit.py -k alone",
+    ),
+    Mutant(
+        "lightning_modules/rewards/server.py",
+        "            if len(body) > LARGEST_BODY:",
+        "            if False:",
+        "tests/test_server.py -k too_large",
+    ),
+    Mutant(
+        "lightning_modules/rewards/server.py",
+        "        if self.cycle is None:\n            self.transport.close()",
+        "        pass",
+        "tests/test_server.py -k stalls",
+    ),
+    Mutant(
+        "commands/run_files.py",
+        "        if content and (lacking := flaw_of_metrics(content)):",
+        "        if False and (lacking := flaw_of_metrics(content)):",
+        "tests/test_broken_runs.py",
+    ),
+    Mutant("commands/compare.py", "    check_own(output)\n", "", "tests/test_broken_runs.py -k replaces"),
+    Mutant(
+        "core/text.py",
+        "letter if letter.isprintable() else letter.encode",
+        "letter if True else letter.encode",
+        "tests/test_broken_runs.py -k markup",
+    ),
+]
+"""Defects in what was written since."""
+
+
+def place(mutant: Mutant) -> str:
+    """The file's text with the defect.
+
+    Raises:
+        ValueError: If the defect has no place, or several.
+    """
+    text = (ROOT / mutant.file).read_text("utf-8")
+    if text.count(mutant.text) != 1:
+        raise ValueError(f"{mutant.file} has {text.count(mutant.text)} places for {mutant.text!r}")
+    return text.replace(mutant.text, mutant.replacement)
+
+
+def copy_of_the_suite(folder: Path) -> Path:
+    """The files under version control, with the real data beside them where it is at hand."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    copy = folder / "suite"
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    if (ROOT.parent / "shared").is_dir():
+        (folder / "shared").symlink_to(ROOT.parent / "shared")
+    return copy
+
+
+def is_noticed(mutant: Mutant, copy: Path) -> str:
+    """Empty if the tests fail on the defect, otherwise what they do."""
+    changed = copy / mutant.file
+    original = changed.read_text("utf-8")
+    changed.write_text(place(mutant), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        result = subprocess.run(
+            [*command, *mutant.tests.split()],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return ""  # a test that hangs is noticed
+    finally:
+        changed.write_text(original, encoding="utf-8")
+    if result.returncode == 1:
+        return ""
+    return "survives" if result.returncode == 0 else f"pytest ends with {result.returncode}: {result.stdout[-300:]}"
+
+
+def main() -> int:
+    """Plant what is asked for, and count what is left."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("words", nargs="*", help="plant only what holds one of these in its file or text")
+    parser.add_argument("--check", action="store_true", help="only look for the places")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    chosen = [m for m in [*PLANTED, *OWN] if not arguments.words or any(w in m.file + m.text for w in arguments.words)]
+    for mutant in chosen:
+        place(mutant)
+    print(f"{len(chosen)} defects, each in its place", flush=True)
+    if arguments.check:
+        return 0
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for job in range(arguments.jobs):
+            (Path(folder) / str(job)).mkdir()
+            copies.put(copy_of_the_suite(Path(folder) / str(job)))
+
+        def plant(mutant: Mutant) -> None:
+            copy = copies.get()
+            told = is_noticed(mutant, copy)
+            copies.put(copy)
+            line = f"{mutant.file}: {mutant.text.strip()[:60]!r} -> {mutant.replacement.strip()[:40]!r}"
+            print(f"{told or 'noticed'}: {line}", flush=True)
+            if told:
+                survivors.append(mutant)
+
+        list(pool.map(plant, chosen))
+    planted, own = (sum(m in group for m in survivors) for group in (PLANTED, OWN))
+    print(f"survivors: {planted} of {len(PLANTED)} that once passed, {own} of {len(OWN)} others")
+    return 1 if planted or own * 10 > len(OWN) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
