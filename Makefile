@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test slow check fmt bench
+.PHONY: help setup demo test slow mutants check fmt bench
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: $(READY) ## Run the tests
 
 slow: $(READY) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+mutants: $(READY) ## Plant some hundred small defects, one at a time, and list those that the tests do not notice
+	$(BIN)/python -m tests.mutants
 
 check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check .

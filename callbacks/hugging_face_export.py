@@ -49,11 +49,7 @@ class HuggingFaceExport(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            not isinstance(pl_module, FineTuningModule)
-            or getattr(trainer, "fast_dev_run", False)
-            or trainer.interrupted
-        ):
+        if not isinstance(pl_module, FineTuningModule) or getattr(trainer, "fast_dev_run", False):
             return
         if trainer.global_step == 0:
             rank_zero_warn(

@@ -65,8 +65,10 @@ print(found["generation"], left)
 
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_kill_while_writing_leaves_the_old_file_or_the_new_one(kills: int, tmp_path: Path) -> None:
-    """Also where TMPDIR lies on another file system. The kills fall within the first three writes, which say that they
-    begin, as outside of one they would prove nothing."""
+    """Also where TMPDIR lies on another file system.
+
+    The kills fall within the first three writes, which say that they begin: outside of one they would prove nothing.
+    """
     elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)
     environment = {**os.environ, "TMPDIR": elsewhere, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), str(kills)]
