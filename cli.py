@@ -4,7 +4,6 @@ import os
 import sys
 import traceback
 from difflib import get_close_matches
-from importlib import import_module
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse 5 will drop
 
@@ -41,12 +40,7 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 
 INTERRUPTED = 130
 """128 + SIGINT, which shells take for a command that Ctrl-C ended."""
-MODULES = {
-    "fit": "commands.lightning",
-    "validate": "commands.lightning",
-    "compare": "commands.compare",
-    "serve-reward": "commands.serve_reward",
-}
+COMMANDS = ("fit", "validate", "compare", "serve-reward")
 
 
 def main(arguments: list[str]) -> int:
@@ -62,21 +56,37 @@ def main(arguments: list[str]) -> int:
             print(HELP)
             return 0
         rest = ["--help" if argument == "--help-all" else argument for argument in rest]
-    if command not in MODULES:
-        near = get_close_matches(command, MODULES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(MODULES)}"
+    if command not in COMMANDS:
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: no command {command!r}; {hint}", file=sys.stderr)
         return 2
     if command in ("fit", "validate"):
         rest = [command, *rest]
     sys.argv = [sys.argv[0], *rest]  # what the parsers read, and what DDP starts its other processes with
-    return run(MODULES[command], debug=debug)
+    return run(command, debug=debug)
 
 
-def run(module: str, *, debug: bool) -> int:
-    """Run a command's module, and turn what it raises into an exit code."""
+def start(command: str) -> None:
+    """Import what a command needs, and no more, and run it."""
+    if command == "compare":
+        from commands import compare
+
+        compare.run()
+    elif command == "serve-reward":
+        from commands import serve_reward
+
+        serve_reward.run()
+    else:
+        from commands import lightning
+
+        lightning.run()
+
+
+def run(command: str, *, debug: bool) -> int:
+    """Run a command, and turn what it raises into an exit code."""
     try:
-        import_module(module).run()
+        start(command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from callbacks.evaluation_cache import EvaluationCache
-from callbacks.evaluation_scores import Scorer
+from callbacks.evaluation.cache import EvaluationCache
+from callbacks.evaluation.scores import Scorer
 from lightning_modules.rewards import NemotronReward
 
 

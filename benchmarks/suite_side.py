@@ -11,8 +11,8 @@ from benchmarks.job import Job
 from datamodules import SmolTalkDataModule, UltraFeedbackDataModule
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
 from lightning_modules import DPOModule, RLOOModule, SFTModule
-from lightning_modules.generation import sample_completions
-from lightning_modules.loading import load_causal_lm
+from lightning_modules.generation.sampler import sample_completions
+from lightning_modules.models.loading import load_causal_lm
 from lightning_modules.rewards.rules import brevity
 
 Tick = Callable[[], None]

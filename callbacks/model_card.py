@@ -7,8 +7,8 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from callbacks.logging.tracking import short_name
 from callbacks.nemotron_evaluation import NemotronEvaluation
-from callbacks.tracking import short_name
 from core.errors import ConfigurationError
 from core.plain import loaded_file
 from core.text import printable, told

@@ -12,21 +12,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from callbacks.evaluation_cache import EvaluationCache, ScoreMemory
-from callbacks.evaluation_completions import Completer, Decoding, progress
-from callbacks.evaluation_files import write
-from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
-from callbacks.evaluation_monitors import Monitors
-from callbacks.evaluation_report import calls_told, log_pairs, logged_names, logged_numbers, report
-from callbacks.evaluation_scores import Scorer
-from callbacks.last_validation import batches_left, ends_here, ends_later_in_epoch
-from callbacks.ranks import Ranks
+from callbacks.evaluation.cache import EvaluationCache, ScoreMemory
+from callbacks.evaluation.completions import Completer, Decoding, progress
+from callbacks.evaluation.files import write
+from callbacks.evaluation.last_validation import batches_left, ends_here, ends_later_in_epoch
+from callbacks.evaluation.metrics import Pair, Side, evaluation_metrics
+from callbacks.evaluation.monitors import Monitors
+from callbacks.evaluation.ranks import Ranks
+from callbacks.evaluation.report import calls_told, log_pairs, logged_names, logged_numbers, report
+from callbacks.evaluation.scores import Scorer
 from core.errors import ConfigurationError
 from datamodules.chat import Message, load_tokenizer
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.identity import directory_digest, tensors_digest, weights_digest
-from lightning_modules.loading import load_causal_lm, load_config
+from lightning_modules.models.identity import directory_digest, tensors_digest, weights_digest
+from lightning_modules.models.loading import load_causal_lm, load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
 from lightning_modules.rewards.preflight import is_model, judge_preflight, preflight, remote_parts, time_plan

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from callbacks.checkpoint_io import newest_usable, unusable
+from callbacks.checkpoints.checkpoint_io import newest_usable, unusable
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 

@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from callbacks.tracking import environment_mode
-from commands.compare_tracking import track
-from commands.pairwise import pairwise
+from callbacks.logging.tracking import environment_mode
+from commands.comparison.pairwise import pairwise
+from commands.comparison.report import render_report
+from commands.comparison.run_files import Reader
+from commands.comparison.runs import Run, differences, read_runs
+from commands.comparison.tables import headline_table, pairwise_table
+from commands.comparison.tracking import track
+from commands.comparison.verdicts import verdicts
 from commands.parsing import Parser
-from commands.report import render_report
-from commands.run_files import Reader
-from commands.runs import Run, differences, read_runs
-from commands.tables import headline_table, pairwise_table
-from commands.verdicts import verdicts
 from core.errors import ConfigurationError
 from core.files import check_writable, without_nan, write_whole
 from core.text import printable

@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from callbacks import HuggingFaceExport, NemotronEvaluation
-from callbacks.boundary_checkpoint import BoundaryCheckpoint
-from callbacks.checkpoint_io import WholeCheckpointIO, plain_values
-from callbacks.line_progress import LineProgress
-from callbacks.metrics_file import MetricsFile
-from callbacks.preemption import Preemption
-from callbacks.run_options import KEY, RunOptions, check_same_run, run_options
-from callbacks.tracking import WandbTracking, run_name
+from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO, plain_values
+from callbacks.checkpoints.preemption import Preemption
+from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, run_options
+from callbacks.logging.line_progress import LineProgress
+from callbacks.logging.metrics_file import MetricsFile
+from callbacks.logging.tracking import WandbTracking, run_name
 from commands.boundaries import check_boundaries, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
@@ -41,7 +41,7 @@ from core.files import write_whole
 from core.text import shown
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
-from lightning_modules.evaluation import EvaluationModule
+from lightning_modules.untrained import EvaluationModule
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
 

@@ -103,7 +103,7 @@ def load_tokenizer(
     """The model's tokenizer, with a chat template and a pad token whatever it came with.
 
     A tokenizer without a template gets ChatML, whose two markers become special tokens where the vocabulary lacks
-    them; the model then needs :func:`lightning_modules.loading.resize_embeddings`.
+    them; the model then needs :func:`lightning_modules.models.loading.resize_embeddings`.
 
     Args:
         model_name: Hub id or directory.

@@ -14,7 +14,7 @@ from typing_extensions import override
 from core.errors import ConfigurationError
 from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
-from lightning_modules.loading import load_causal_lm, load_config
+from lightning_modules.models.loading import load_causal_lm, load_config
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 

@@ -14,7 +14,13 @@ from typing_extensions import override
 from core.errors import ConfigurationError
 from datamodules.batches import PreferenceBatch
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionTokens, completion_states, completion_tokens, read_tokens, states_kl
+from lightning_modules.forward.completions import (
+    CompletionTokens,
+    completion_states,
+    completion_tokens,
+    read_tokens,
+    states_kl,
+)
 from lightning_modules.functional.preference import (
     conservative_loss,
     hinge_loss,
@@ -22,9 +28,9 @@ from lightning_modules.functional.preference import (
     robust_loss,
     sigmoid_loss,
 )
-from lightning_modules.identity import weights_digest
-from lightning_modules.loading import FrozenReference, load_causal_lm, without_dropout
-from lightning_modules.reference_cache import PairTable, ask_about_run, look_up
+from lightning_modules.models.identity import weights_digest
+from lightning_modules.models.loading import FrozenReference, load_causal_lm, without_dropout
+from lightning_modules.models.reference_cache import PairTable, ask_about_run, look_up
 from lightning_modules.reward import accuracy
 
 Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]

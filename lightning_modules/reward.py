@@ -7,9 +7,9 @@ from typing_extensions import override
 
 from datamodules.batches import PreferenceBatch
 from lightning_modules.base import FineTuningModule
-from lightning_modules.forward import sequence_scores
+from lightning_modules.forward.completions import sequence_scores
 from lightning_modules.functional.preference import bradley_terry_loss
-from lightning_modules.loading import load_reward_model, without_dropout
+from lightning_modules.models.loading import load_reward_model, without_dropout
 
 
 class RewardModule(FineTuningModule):

@@ -18,15 +18,15 @@ from typing_extensions import override
 from core.errors import ConfigurationError
 from datamodules.batches import PromptBatch, TokenBatch
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import CompletionTokens, completion_tokens
+from lightning_modules.forward.completions import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
     kl_penalised_rewards,
     leave_one_out_advantages,
     policy_gradient_loss,
 )
-from lightning_modules.generation import Samples, sample_completions
-from lightning_modules.loading import load_reference, without_dropout
+from lightning_modules.generation.sampler import Samples, sample_completions
+from lightning_modules.models.loading import load_reference, without_dropout
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.base import checked_scores
 from lightning_modules.rewards.preflight import preflight, remote_parts

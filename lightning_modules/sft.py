@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from datamodules.batches import TokenBatch
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward import completion_tokens
+from lightning_modules.forward.completions import completion_tokens
 
 
 class SFTModule(FineTuningModule):

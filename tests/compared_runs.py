@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from callbacks.evaluation_files import write
-from callbacks.evaluation_metrics import Pair, Side, evaluation_metrics
-from callbacks.metrics_file import MetricsFile
+from callbacks.evaluation.files import write
+from callbacks.evaluation.metrics import Pair, Side, evaluation_metrics
+from callbacks.logging.metrics_file import MetricsFile
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

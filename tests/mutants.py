@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
 
 
 IO, BASE, RLOO, DPO = (
-    "callbacks/checkpoint_io.py",
+    "callbacks/checkpoints/checkpoint_io.py",
     "lightning_modules/base.py",
     "lightning_modules/rloo.py",
     "lightning_modules/dpo.py",
@@ -43,7 +43,11 @@ EVALUATION, ASKING, HTTP = (
     "lightning_modules/rewards/asking.py",
     "lightning_modules/rewards/http.py",
 )
-DATA, BOUNDARY, EXPORT = "datamodules/base.py", "callbacks/boundary_checkpoint.py", "callbacks/hugging_face_export.py"
+DATA, BOUNDARY, EXPORT = (
+    "datamodules/base.py",
+    "callbacks/checkpoints/boundary_checkpoint.py",
+    "callbacks/hugging_face_export.py",
+)
 FOLDER, KEYS, CHAT = "commands/run_folder.py", "lightning_modules/rewards/keys.py", "datamodules/chat.py"
 
 PLANTED = [
@@ -72,19 +76,19 @@ PLANTED = [
     ),
     Mutant(DPO, "-{self.trainer.precision}-", "-", "tests/test_reference_cache.py -k precision"),
     Mutant(
-        "lightning_modules/reference_cache.py",
+        "lightning_modules/models/reference_cache.py",
         "with trainer.precision_plugin.train_step_context():",
         "if True:",
         "tests/test_reference_cache.py -k precision",
     ),
     Mutant(
-        "callbacks/evaluation_completions.py",
+        "callbacks/evaluation/completions.py",
         'arithmetic = f"{self.trainer.precision} ',
         'arithmetic = f"',
         "tests/test_evaluation_trust.py -k precision",
     ),
     Mutant(
-        "callbacks/run_options.py",
+        "callbacks/checkpoints/run_options.py",
         '"gradient_clip_algorithm", "precision")',
         '"gradient_clip_algorithm")',
         "tests/test_hostile_input.py -k precision",
@@ -100,13 +104,13 @@ PLANTED = [
     Mutant(DATA, "rank, shuffle=True, seed=self.seed)", "rank, shuffle=True)", "tests/test_datamodules.py -k order"),
     Mutant(DATA, "                seed=self.seed,\n", "", "tests/test_datamodules.py -k order"),
     Mutant(
-        "lightning_modules/forward.py",
+        "lightning_modules/forward/completions.py",
         "with torch.autocast(pooled.device.type, enabled=False):",
         "if True:",
         "tests/test_log_probs.py -k autocast",
     ),
     Mutant(
-        "lightning_modules/rewards/reward_model.py",
+        "lightning_modules/rewards/local.py",
         "with torch.autocast(model.device.type, enabled=False):",
         "if True:",
         "tests/test_rewards.py -k autocast",
@@ -148,7 +152,12 @@ PLANTED = [
         "tests/test_modules.py -k decay",
     ),
     Mutant(BASE, "round(self.warmup_ratio * steps)", "round(self.warmup_ratio)", "tests/test_modules.py -k schedule"),
-    Mutant("callbacks/ranks.py", "            if failure is not None:", "            if False:", "tests/test_ranks.py"),
+    Mutant(
+        "callbacks/evaluation/ranks.py",
+        "            if failure is not None:",
+        "            if False:",
+        "tests/test_ranks.py",
+    ),
     Mutant(
         BOUNDARY,
         "        if not at_step_boundary(trainer):\n            return\n",
@@ -196,7 +205,7 @@ PLANTED = [
         "tests/test_datamodules.py -k exact_limit",
     ),
     Mutant(
-        "lightning_modules/forward.py",
+        "lightning_modules/forward/completions.py",
         "token_entropy(logits.detach(), temperature=temperature)",
         "token_entropy(logits.detach())",
         "tests/test_fast_paths.py -k entropy",
@@ -209,13 +218,13 @@ PLANTED = [
         "tests/test_fast_paths.py -k weights",
     ),
     Mutant(
-        "lightning_modules/rewards/reward_model.py",
+        "lightning_modules/rewards/local.py",
         "self.max_length, self.dtype]",
         "self.max_length]",
         "tests/test_rewards.py -k identity",
     ),
     Mutant(
-        "callbacks/evaluation_completions.py",
+        "callbacks/evaluation/completions.py",
         "cache_key(model_digest, encoded[n], stops, seeds[n]",
         "cache_key(model_digest, encoded[n], seeds[n]",
         "tests/test_evaluation.py -k key",
@@ -252,13 +261,13 @@ PLANTED = [
         "tests/test_draws.py",
     ),
     Mutant(
-        "lightning_modules/generation.py",
+        "lightning_modules/generation/sampler.py",
         " if token < model.config.vocab_size]",
         "]",
         "tests/test_generation.py -k vocabulary",
     ),
     Mutant(
-        "lightning_modules/decode.py",
+        "lightning_modules/generation/family_decoder.py",
         '        and rope.get("partial_rotary_factor", 1.0) == 1.0\n',
         "",
         "tests/test_decode.py -k exactly",
@@ -270,7 +279,7 @@ PLANTED = [
         "tests/test_nemotron.py -k redirect",
     ),
     Mutant(
-        "commands/run_files.py",
+        "commands/comparison/run_files.py",
         "isinstance(value, bool) and math.isfinite(value)\n\n\ndef is_number_or_none",
         "isinstance(value, bool)\n\n\ndef is_number_or_none",
         "tests/test_compare.py tests/test_broken_runs.py -k number",
@@ -391,13 +400,13 @@ OWN = [
         "tests/test_boundaries.py -k current_directory",
     ),
     Mutant(
-        "lightning_modules/loading.py",
+        "lightning_modules/models/loading.py",
         "    if attention not in ATTENTIONS:",
         "    if False:",
         "tests/test_foreign_models.py -k attention",
     ),
     Mutant(
-        "lightning_modules/loading.py",
+        "lightning_modules/models/loading.py",
         "if Path(file).name != file or not file",
         "if not file",
         "tests/test_foreign_models.py -k index",
@@ -416,31 +425,31 @@ OWN = [
         "tests/test_foreign_models.py -k lineage",
     ),
     Mutant(
-        "callbacks/evaluation_cache.py",
+        "callbacks/evaluation/cache.py",
         "        if row is None or not isinstance(row[0], (int, float)) or not math.isfinite(row[0]):",
         "        if row is None:",
         "tests/test_bad_days.py -k values",
     ),
     Mutant(
-        "callbacks/evaluation_cache.py",
+        "callbacks/evaluation/cache.py",
         "            self._file = self._next(error)\n",
         "            raise\n",
         "tests/test_bad_days.py -k damaged",
     ),
     Mutant(
-        "callbacks/metrics_file.py",
+        "callbacks/logging/metrics_file.py",
         "                    os.ftruncate(descriptor, before)\n",
         "",
         "tests/test_bad_days.py -k full_disk",
     ),
     Mutant(
-        "lightning_modules/reference_cache.py",
+        "lightning_modules/models/reference_cache.py",
         "        file.add(found)\n",
         "",
         "tests/test_bad_days.py tests/test_reference_cache.py",
     ),
     Mutant(
-        "callbacks/preemption.py",
+        "callbacks/checkpoints/preemption.py",
         "(not fits or prepares or alone)",
         "(not fits or alone)",
         "tests/test_bad_days.py -k sigterm",
@@ -477,7 +486,7 @@ OWN = [
         "tests/test_server.py -k stalls",
     ),
     Mutant(
-        "commands/run_files.py",
+        "commands/comparison/run_files.py",
         "        if content and (lacking := flaw_of_metrics(content)):",
         "        if False and (lacking := flaw_of_metrics(content)):",
         "tests/test_broken_runs.py",

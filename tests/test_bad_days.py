@@ -16,14 +16,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from callbacks import evaluation_files
-from callbacks.evaluation_cache import EvaluationCache
-from callbacks.metrics_file import MetricsFile
-from callbacks.preemption import Preempted, Preemption
+from callbacks.checkpoints.preemption import Preempted, Preemption
+from callbacks.evaluation import files as evaluation_files
+from callbacks.evaluation.cache import EvaluationCache
+from callbacks.logging.metrics_file import MetricsFile
 from core import files
 from core.errors import ConfigurationError
 from core.files import write_whole
-from lightning_modules import DPOModule, reference_cache
+from lightning_modules import DPOModule
+from lightning_modules.models import reference_cache
 from tests.command_line import Cli, assert_refused
 from tests.test_reference_cache import PAIRS, batch_of
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from commands.compare import compare
-from commands.run_files import loaded
+from commands.comparison.run_files import loaded
 from core.errors import ConfigurationError
 from tests.compared_runs import make_run
 

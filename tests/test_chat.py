@@ -18,7 +18,7 @@ from datamodules.chat import (
     tail_ids,
     turn_end,
 )
-from lightning_modules.rewards.reward_model import conversation_ids
+from lightning_modules.rewards.local import conversation_ids
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

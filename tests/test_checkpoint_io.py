@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from callbacks.boundary_checkpoint import BoundaryCheckpoint
-from callbacks.checkpoint_io import RESUMABLE, WholeCheckpointIO, newest_usable, unusable, write_checkpoint
+from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoints.checkpoint_io import RESUMABLE, WholeCheckpointIO, newest_usable, unusable, write_checkpoint
 from core.errors import ConfigurationError
 from tests.command_line import Cli, assert_refused
 
@@ -26,7 +26,7 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from callbacks.checkpoint_io import WholeCheckpointIO, unusable
+from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO, unusable
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 target, random_ = folder / "last.ckpt", random.Random(0)
 def save(generation):

@@ -12,18 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from callbacks.metrics_file import MetricsFile
+from callbacks.logging.metrics_file import MetricsFile
 from commands import compare as command
-from commands.charts import thinned
 from commands.compare import compare
-from commands.run_files import Reader, is_number
-from commands.runs import read_curves, read_runs
-from commands.tables import headline_table
+from commands.comparison.charts import thinned
+from commands.comparison.run_files import Reader, is_number
+from commands.comparison.runs import read_curves, read_runs
+from commands.comparison.tables import headline_table
 from core.errors import ConfigurationError
 from datamodules.chat import load_tokenizer
 from lightning_modules.functional.statistics import win_rate_interval
-from lightning_modules.identity import tensors_digest
-from lightning_modules.loading import load_causal_lm
+from lightning_modules.models.identity import tensors_digest
+from lightning_modules.models.loading import load_causal_lm
 from tests.command_line import Cli, assert_refused
 from tests.compared_runs import HOSTILE, make_run
 

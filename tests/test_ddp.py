@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_modules.reference_cache import read_table
+from lightning_modules.models.reference_cache import read_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,9 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lightning_modules.decode import FamilyDecoder, decodes
-from lightning_modules.decoders import TransformersDecoder, decoder
-from lightning_modules.projections import packs, projection
+from lightning_modules.generation.decoders import TransformersDecoder, decoder
+from lightning_modules.generation.family_decoder import FamilyDecoder, decodes
+from lightning_modules.generation.projections import packs, projection
 
 SMALL = {
     "vocab_size": 300,

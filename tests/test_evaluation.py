@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from callbacks import evaluation_completions
-from callbacks.evaluation_cache import EvaluationCache
-from callbacks.evaluation_completions import Decoding
-from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics
+from callbacks.evaluation import completions as evaluation_completions
+from callbacks.evaluation.cache import EvaluationCache
+from callbacks.evaluation.completions import Decoding
+from callbacks.evaluation.metrics import Pair, Side, cannot_tell, evaluation_metrics
 from core.errors import ConfigurationError
 from datamodules.chat import Message, load_tokenizer
 from lightning_modules.functional.statistics import prompts_needed
-from lightning_modules.identity import weights_digest
+from lightning_modules.models.identity import weights_digest
 from lightning_modules.rewards import WeightedReward
 from lightning_modules.rewards.base import reward_identity
 from lightning_modules.rewards.keys import keeps_a_secret

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from callbacks.evaluation_metrics import Pair, Side, cannot_tell, evaluation_metrics, two_digits
+from callbacks.evaluation.metrics import Pair, Side, cannot_tell, evaluation_metrics, two_digits
 from lightning_modules.functional.statistics import win_rate_interval
 
 

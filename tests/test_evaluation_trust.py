@@ -19,7 +19,8 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from callbacks import evaluation_completions, evaluation_metrics
+from callbacks.evaluation import completions as evaluation_completions
+from callbacks.evaluation import metrics as evaluation_metrics
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from core.errors import ConfigurationError
 from datamodules.chat import Message

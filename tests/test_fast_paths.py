@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from datamodules.batches import TokenBatch
-from lightning_modules import attention
-from lightning_modules.capabilities import Capabilities, capabilities
-from lightning_modules.forward import completion_states, completion_tokens, read_tokens, states_kl
+from lightning_modules.forward import attention
+from lightning_modules.forward.capabilities import Capabilities, capabilities
+from lightning_modules.forward.completions import completion_states, completion_tokens, read_tokens, states_kl
+from lightning_modules.forward.layout import flatten
 from lightning_modules.functional import head
 from lightning_modules.functional.log_probs import token_kl
-from lightning_modules.layout import flatten
 
 VOCABULARY = 61
 SIZES = {

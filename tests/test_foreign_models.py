@@ -19,7 +19,7 @@ from core.errors import ConfigurationError
 from core.limits import memory_limit, time_limit
 from datamodules import chat
 from datamodules.chat import TemplateRefusalError, load_tokenizer, render, turn_end
-from lightning_modules.loading import load_causal_lm
+from lightning_modules.models.loading import load_causal_lm
 from tests.command_line import Cli, assert_refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,11 +18,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lightning_modules.decode import decodes
-from lightning_modules.decoders import decoder
-from lightning_modules.forward import completion_tokens
-from lightning_modules.generation import Samples, sample_completions
-from lightning_modules.projections import packs
+from lightning_modules.forward.completions import completion_tokens
+from lightning_modules.generation.decoders import decoder
+from lightning_modules.generation.family_decoder import decodes
+from lightning_modules.generation.projections import packs
+from lightning_modules.generation.sampler import Samples, sample_completions
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_copies_of_weights_and_the_cache_are_freed_when_sampling_ends(
         used.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr("lightning_modules.generation.decoder", watched)
+    monkeypatch.setattr("lightning_modules.generation.sampler.decoder", watched)
     gc.disable()
     try:
         sample_completions(model, PROMPTS, max_completion_length=4, stop_token_ids=[], seeds=[1, 2, 3])

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_modules.identity import tensors_digest
+from lightning_modules.models.identity import tensors_digest
 from lightning_modules.rewards.rules import brevity
 from tests.evaluation_run import evaluation, read, run
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from datamodules.batches import TokenBatch, pad
-from lightning_modules.forward import completion_tokens, sequence_scores
+from lightning_modules.forward.completions import completion_tokens, sequence_scores
 from lightning_modules.functional.log_probs import token_entropy, token_kl, token_log_probs
 
 

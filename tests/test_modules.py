@@ -18,7 +18,7 @@ from core.errors import ConfigurationError
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import Message
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
-from lightning_modules.loading import load_causal_lm
+from lightning_modules.models.loading import load_causal_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

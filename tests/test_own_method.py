@@ -17,7 +17,7 @@ METHOD = '''
 
 from lightning_modules.base import FineTuningModule
 from lightning_modules.dpo import pair_log_probs
-from lightning_modules.forward import completion_tokens
+from lightning_modules.forward.completions import completion_tokens
 
 
 class LikelihoodModule(FineTuningModule):

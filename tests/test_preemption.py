@@ -13,9 +13,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.boundary_checkpoint import BoundaryCheckpoint
-from callbacks.checkpoint_io import WholeCheckpointIO
-from callbacks.preemption import Preempted, Preemption
+from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO
+from callbacks.checkpoints.preemption import Preempted, Preemption
 from core.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]

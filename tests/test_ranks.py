@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from callbacks.ranks import Ranks
+from callbacks.evaluation.ranks import Ranks
 
 
 def process(rank: int, store: str, results: Any) -> None:

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import PreferenceBatch, TokenBatch, pad
 from lightning_modules import DPOModule
-from lightning_modules.identity import weights_digest
-from lightning_modules.loading import load_causal_lm
-from lightning_modules.reference_cache import pair_keys, read_table
+from lightning_modules.models.identity import weights_digest
+from lightning_modules.models.loading import load_causal_lm
+from lightning_modules.models.reference_cache import pair_keys, read_table
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -19,7 +19,7 @@ from datamodules.chat import Message, load_tokenizer
 from demo.judge import BEST, WORST, judge
 from demo.tasks import KINDS, OPPOSITES, Kind, draw_exercise, right_answer, wrong_answer
 from lightning_modules import SFTModule
-from lightning_modules.loading import load_reward_model
+from lightning_modules.models.loading import load_reward_model
 from lightning_modules.rewards import (
     CausalModelReward,
     ModelReward,

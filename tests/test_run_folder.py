@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from callbacks import HuggingFaceExport, hugging_face_export
-from callbacks.boundary_checkpoint import BoundaryCheckpoint
+from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.hugging_face_export import check_place
 from commands.checkpoints import checkpoints
 from commands.run_folder import FolderLock, RunFolder, give_up_locks

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from callbacks.tracking import WandbTracking, environment_mode, run_name
+from callbacks.logging.tracking import WandbTracking, environment_mode, run_name
 
 
 @pytest.fixture(autouse=True)

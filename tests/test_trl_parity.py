@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from datamodules.batches import PreferenceBatch, TokenBatch, collate_conversations, collate_preferences, pad
 from lightning_modules import DPOModule
 from lightning_modules.dpo import PairLogProbs, pair_log_probs
-from lightning_modules.forward import completion_tokens
+from lightning_modules.forward.completions import completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
     kl_penalised_rewards,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from datamodules.batches import PromptBatch
 from datamodules.chat import load_tokenizer
 from lightning_modules import DPOModule, RewardModule, RLOOModule
-from lightning_modules.loading import load_causal_lm
+from lightning_modules.models.loading import load_causal_lm
 from tests.test_modules import MASKS, ROWS, exact_log_prob, pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")

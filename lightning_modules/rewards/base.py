@@ -16,7 +16,7 @@ from core.imports import is_allowed, shadowed
 from datamodules.chat import Message
 from lightning_modules.rewards import calling
 from lightning_modules.rewards.http import HTTPReward
-from lightning_modules.rewards.reward_model import ModelReward
+from lightning_modules.rewards.local import ModelReward
 
 
 @runtime_checkable

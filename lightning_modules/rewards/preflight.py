@@ -8,7 +8,7 @@ from core.errors import ConfigurationError
 from datamodules.chat import Message
 from lightning_modules.rewards.base import Reward, WeightedReward, checked_scores, reward_name
 from lightning_modules.rewards.http import HTTPReward
-from lightning_modules.rewards.reward_model import ModelReward
+from lightning_modules.rewards.local import ModelReward
 
 
 def preflight(reward: Reward, prompt: Sequence[Message], *, option: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from commands.run_files import is_number
-from commands.runs import Run
+from commands.comparison.run_files import is_number
+from commands.comparison.runs import Run
 
 WIDE = 150
 """Characters that a row of all headline metrics takes."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
-from lightning_modules.cuda_graphs import StepGraphs
-from lightning_modules.projections import Projection, projection
+from lightning_modules.generation.cuda_graphs import StepGraphs
+from lightning_modules.generation.projections import Projection, projection
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")

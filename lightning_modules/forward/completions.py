@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from datamodules.batches import TokenBatch
-from lightning_modules.capabilities import capabilities, padded_inputs
+from lightning_modules.forward.capabilities import capabilities, padded_inputs
+from lightning_modules.forward.layout import flatten, model_inputs
+from lightning_modules.forward.layout import position_ids as position_ids
 from lightning_modules.functional.head import HeadOutput, chunks_of, head_log_probs
 from lightning_modules.functional.log_probs import token_entropy, token_kl, token_log_probs
-from lightning_modules.layout import flatten, model_inputs
-from lightning_modules.layout import position_ids as position_ids
 
 
 class CompletionTokens(NamedTuple):

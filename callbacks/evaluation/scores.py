@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from callbacks.evaluation_cache import EvaluationCache, ScoreMemory, cache_key
+from callbacks.evaluation.cache import EvaluationCache, ScoreMemory, cache_key
 from core.secrets import redact
 from datamodules.chat import Message
 from lightning_modules.rewards import Reward, WeightedReward

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from callbacks.evaluation_metrics import cannot_tell
-from commands.run_files import is_number
-from commands.runs import Run
-from commands.tables import interval, number, percent
+from callbacks.evaluation.metrics import cannot_tell
+from commands.comparison.run_files import is_number
+from commands.comparison.runs import Run
+from commands.comparison.tables import interval, number, percent
 
 
 def verdicts(runs: list[Run], matches: list[dict[str, Any]]) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from commands.run_files import is_number
-from commands.runs import Run
+from commands.comparison.run_files import is_number
+from commands.comparison.runs import Run
 
 COLOURS = ("#3b82c4", "#e08a2e", "#2f9e6e", "#b5509c", "#8a7a3b", "#5b6ee0")
 REFERENCE_COLOUR = "#8a94a0"

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lightning_modules.layout import Segments
+from lightning_modules.forward.layout import Segments
 
 varlen_attn: Any = None
 if find_spec("torch.nn.attention.varlen"):

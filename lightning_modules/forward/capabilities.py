@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from datamodules.batches import TokenBatch, pad
-from lightning_modules import attention
-from lightning_modules.layout import flatten, model_inputs, position_ids
-from lightning_modules.modes import evaluating
+from lightning_modules.forward import attention
+from lightning_modules.forward.layout import flatten, model_inputs, position_ids
+from lightning_modules.generation.modes import evaluating
 
 
 class Capabilities(NamedTuple):

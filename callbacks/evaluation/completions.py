@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from callbacks.evaluation_cache import EvaluationCache, cache_key
-from callbacks.evaluation_metrics import Side
+from callbacks.evaluation.cache import EvaluationCache, cache_key
+from callbacks.evaluation.metrics import Side
 from datamodules.chat import Message, encode_conversation, stop_token_ids
-from lightning_modules.generation import Samples, sample_completions
+from lightning_modules.generation.sampler import Samples, sample_completions
 
 
 class Decoding(NamedTuple):

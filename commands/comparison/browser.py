@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from commands.runs import PromptKey, Run, prompts_of
+from commands.comparison.runs import PromptKey, Run, prompts_of
 
 
 def browser_data(runs: list[Run]) -> dict[str, Any]:

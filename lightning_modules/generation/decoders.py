@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lightning_modules.decode import FamilyDecoder, decodes
-from lightning_modules.forward import position_ids
+from lightning_modules.forward.completions import position_ids
+from lightning_modules.generation.family_decoder import FamilyDecoder, decodes
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from callbacks.boundary_checkpoint import at_step_boundary
+from callbacks.checkpoints.boundary_checkpoint import at_step_boundary
 
 EXIT_CODE = 143
 """128 + SIGTERM, which schedulers take for a job that was asked to end."""

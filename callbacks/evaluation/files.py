@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from callbacks.evaluation_metrics import Pair
+from callbacks.evaluation.metrics import Pair
 from core.files import OWN, without_nan, write_whole
 
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import wandb
 
-from callbacks.tracking import WandbTracking
-from commands.browser import browser_data
-from commands.runs import Run
+from callbacks.logging.tracking import WandbTracking
+from commands.comparison.browser import browser_data
+from commands.comparison.runs import Run
 
 HEADLINE = (
     "win_rate",

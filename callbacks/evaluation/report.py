@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluation_metrics import Pair, cannot_tell, evaluation_metrics
-from callbacks.metrics_file import MetricsFile
+from callbacks.evaluation.metrics import Pair, cannot_tell, evaluation_metrics
+from callbacks.logging.metrics_file import MetricsFile
 
 COUNTS = {"wins", "ties", "losses", "failed", "prompts", "valid"}
 

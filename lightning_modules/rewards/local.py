@@ -19,9 +19,9 @@ from datamodules.chat import (
     load_tokenizer,
     tail_ids,
 )
-from lightning_modules.forward import position_ids, sequence_scores
-from lightning_modules.identity import directory_digest
-from lightning_modules.loading import load_causal_lm, load_config, load_reward_model
+from lightning_modules.forward.completions import position_ids, sequence_scores
+from lightning_modules.models.identity import directory_digest
+from lightning_modules.models.loading import load_causal_lm, load_config, load_reward_model
 
 
 class ModelReward:

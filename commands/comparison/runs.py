@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from commands.run_files import Reader, is_number, is_pair, is_record
+from commands.comparison.run_files import Reader, is_number, is_pair, is_record
 from core.errors import ConfigurationError
 from core.plain import loaded_file
 from core.text import printable
-from lightning_modules.identity import saved_tensors, tensors_digest
+from lightning_modules.models.identity import saved_tensors, tensors_digest
 
 EPOCH = re.compile(r"epoch=(\d{1,9})")
 SAME_FOR_ALL = ("reward_source", "reference", "prompts")

@@ -9,11 +9,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from commands.browser import browser_data
-from commands.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
-from commands.run_files import is_number
-from commands.runs import Run
-from commands.tables import HEADLINE, headline_cells, interval, pairwise_cell, percent
+from commands.comparison.browser import browser_data
+from commands.comparison.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
+from commands.comparison.run_files import is_number
+from commands.comparison.runs import Run
+from commands.comparison.tables import HEADLINE, headline_cells, interval, pairwise_cell, percent
 
 BREAKDOWNS = (("win_rate_by_prompt_length", "By prompt length"), ("win_rate_by_source", "By source"))
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from callbacks.evaluation_metrics import win_rate_of
-from commands.run_files import is_number
-from commands.runs import Run
+from callbacks.evaluation.metrics import win_rate_of
+from commands.comparison.run_files import is_number
+from commands.comparison.runs import Run
 from core.files import without_nan
 from lightning_modules.functional.statistics import mean_interval, outcomes
 

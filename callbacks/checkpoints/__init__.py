@@ -1,0 +1,1 @@
+"""Checkpoints that are whole, fall between optimiser steps and end a run that is asked to end."""

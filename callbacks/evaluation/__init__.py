@@ -1,0 +1,1 @@
+"""What the evaluation is made of: prompts to completions, completions to scores, scores to metrics and files."""
