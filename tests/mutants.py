@@ -502,13 +502,13 @@ OWN = [
 """Defects in what was written since."""
 
 
-def place(mutant: Mutant) -> str:
+def place(mutant: Mutant, root: Path = ROOT) -> str:
     """The file's text with the defect.
 
     Raises:
         ValueError: If the defect has no place, or several.
     """
-    text = (ROOT / mutant.file).read_text("utf-8")
+    text = (root / mutant.file).read_text("utf-8")
     if text.count(mutant.text) != 1:
         raise ValueError(f"{mutant.file} has {text.count(mutant.text)} places for {mutant.text!r}")
     return text.replace(mutant.text, mutant.replacement)
@@ -531,7 +531,7 @@ def is_noticed(mutant: Mutant, copy: Path) -> str:
     """Empty if the tests fail on the defect, otherwise what they do."""
     changed = copy / mutant.file
     original = changed.read_text("utf-8")
-    changed.write_text(place(mutant), encoding="utf-8")
+    changed.write_text(place(mutant, copy), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
