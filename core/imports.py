@@ -4,11 +4,10 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+SUITE = Path(__file__).parents[1]
+OURS = ("callbacks", "datamodules", "demo", "lightning_modules")
+"""By where they lie, as another package may have such a name."""
 PACKAGES = (
-    "callbacks",
-    "datamodules",
-    "demo",
-    "lightning_modules",
     "lightning.pytorch.accelerators",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.loggers",
@@ -28,7 +27,8 @@ PACKAGES = (
 
 def allowed_packages() -> list[str]:
     """The packages a config may name, with the modules that lie in the current directory."""
-    return [*PACKAGES, *own_modules(Path.cwd())]
+    ours = [name for name in OURS if _found_in(name, SUITE)]
+    return [*ours, *PACKAGES, *own_modules(Path.cwd())]
 
 
 def own_modules(directory: Path) -> list[str]:

@@ -22,6 +22,7 @@ from lightning_modules.forward.completions import (
     states_kl,
 )
 from lightning_modules.functional.preference import (
+    accuracy,
     conservative_loss,
     hinge_loss,
     ipo_loss,
@@ -31,7 +32,6 @@ from lightning_modules.functional.preference import (
 from lightning_modules.models.identity import weights_digest
 from lightning_modules.models.loading import FrozenReference, load_causal_lm, without_dropout
 from lightning_modules.models.reference_cache import PairTable, ask_about_run, look_up
-from lightning_modules.reward import accuracy
 
 Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]
 

@@ -8,7 +8,7 @@ from typing_extensions import override
 from datamodules.batches import PreferenceBatch
 from lightning_modules.base import FineTuningModule
 from lightning_modules.forward.completions import sequence_scores
-from lightning_modules.functional.preference import bradley_terry_loss
+from lightning_modules.functional.preference import accuracy, bradley_terry_loss
 from lightning_modules.models.loading import load_reward_model, without_dropout
 
 
@@ -58,8 +58,3 @@ class RewardModule(FineTuningModule):
             metric = getattr(self, f"val_{name}")
             self.log(f"val/{name}", metric.compute(), prog_bar=name == "accuracy")
             metric.reset()
-
-
-def accuracy(margins: Tensor) -> Tensor:
-    """1 where the chosen completion is ahead, 0.5 where neither is, 0 where it is behind."""
-    return 0.5 + 0.5 * margins.sign()

@@ -72,7 +72,7 @@ def _probe(model: PreTrainedModel) -> TokenBatch:
     ids = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [ids[:4] + ids[5:8], ids[:4] + ids[8:], ids[2:6]]
     batch = pad(rows, [[True] * len(row) for row in rows], pad_token_id=0)
-    return TokenBatch(*(tensor.to(model.device) for tensor in batch))
+    return batch.to(model.device)
 
 
 def _flat_difference(model: PreTrainedModel) -> float:

@@ -68,3 +68,8 @@ def bradley_terry_loss(
         Ouyang et al. 2022, eq. 1, https://arxiv.org/abs/2203.02155
     """
     return -logsigmoid(chosen_scores - rejected_scores)
+
+
+def accuracy(margins: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """1 where the chosen completion is ahead, 0.5 where neither is, 0 where it is behind."""
+    return 0.5 + 0.5 * margins.sign()

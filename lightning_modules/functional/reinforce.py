@@ -58,7 +58,9 @@ def policy_gradient_loss(
     References:
         Ahmadian et al. 2024, eq. 8, https://arxiv.org/abs/2402.14740
     """
-    return _mean_over_scored(-_or_zero(advantages) * log_probs, advantages)
+    scored = ~advantages.isnan()
+    constant = torch.where(scored, advantages, 0.0).detach()
+    return -(constant * log_probs).sum(1) / scored.sum(1).clamp(min=1)
 
 
 def clipped_policy_gradient_loss(
@@ -83,15 +85,6 @@ def clipped_policy_gradient_loss(
     """
     ratios = (log_probs - old_log_probs.detach()).clamp(-20, 20).exp()  # infinity times an advantage of 0 is NaN
     clipped = ratios.clamp(1 - clip_range, 1 + clip_range)
-    constant = _or_zero(advantages)
-    return _mean_over_scored(-torch.minimum(ratios * constant, clipped * constant), advantages)
-
-
-def _or_zero(advantages: Float[Tensor, "prompt sample"]) -> Float[Tensor, "prompt sample"]:
-    return advantages.detach().nan_to_num(nan=0.0)
-
-
-def _mean_over_scored(
-    losses: Float[Tensor, "prompt sample"], advantages: Float[Tensor, "prompt sample"]
-) -> Float[Tensor, " prompt"]:
-    return losses.sum(1) / (~advantages.isnan()).sum(1).clamp(min=1)
+    scored = ~advantages.isnan()
+    constant = torch.where(scored, advantages, 0.0).detach()
+    return -torch.minimum(ratios * constant, clipped * constant).sum(1) / scored.sum(1).clamp(min=1)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from core.files import OWN
-from datamodules.batches import PreferenceBatch, TokenBatch
+from datamodules.batches import PreferenceBatch
 
 PairTable = dict[str, tuple[float, float]]
 """The log-probabilities of the chosen and of the rejected completion, by the pair's key."""
@@ -107,7 +107,7 @@ def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tenso
         keys = pair_keys(batch)
         if all(key in table for key in keys):
             continue
-        here = PreferenceBatch(TokenBatch(*(tensor.to(device) for tensor in batch.tokens)))
+        here = PreferenceBatch(batch.tokens.to(device))
         with trainer.precision_plugin.train_step_context():
             chosen, rejected = log_probs(here).chunk(2)
         found = dict(zip(keys, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))

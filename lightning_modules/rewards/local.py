@@ -74,7 +74,7 @@ class ModelReward:
                 [[False] * len(encoded[row]) for row in rows],
                 pad_token_id=int(tokenizer.pad_token_id),
             )
-            batch = type(batch)(*(tensor.to(model.device) for tensor in batch))
+            batch = batch.to(model.device)
             with torch.autocast(model.device.type, enabled=False):  # the same score within training and without
                 batch_scores = self.read_scores(model, batch).tolist()
             for row, score in zip(rows, batch_scores, strict=True):
