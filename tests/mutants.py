@@ -230,12 +230,17 @@ PLANTED = [
         "tests/test_evaluation.py -k key",
     ),
     Mutant(
-        ASKING,
-        "        with self._lock:\n            if self.source.calls_left is not None and",
-        "        if True:\n            if self.source.calls_left is not None and",
+        "lightning_modules/rewards/budget.py",
+        "        with self._lock:\n            if self.left is None:",
+        "        if True:\n            if self.left is None:",
         "tests/test_nemotron.py -k budget",
     ),
-    Mutant(ASKING, "            self._spend(-1)\n", "            pass\n", "tests/test_nemotron.py -k budget"),
+    Mutant(
+        "lightning_modules/rewards/budget.py",
+        "                self.left += 1\n",
+        "                pass\n",
+        "tests/test_nemotron.py -k budget",
+    ),
     Mutant(
         ASKING,
         "            if len(body) > LARGEST_REPLY:",

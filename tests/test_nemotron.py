@@ -23,6 +23,7 @@ from datamodules.chat import Message
 from lightning_modules import RLOOModule
 from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit
 from lightning_modules.rewards.asking import retry_after_s
+from lightning_modules.rewards.budget import Budget
 from lightning_modules.rewards.http import ALTERNATIVES
 from lightning_modules.rewards.nemotron import folded_system, parse_score
 from lightning_modules.rewards.preflight import preflight
@@ -690,9 +691,9 @@ def test_processes_share_the_calls_and_machines_the_rate(server: RewardServer) -
     shares = []
     for rank in range(8):
         reward.share_budget(processes=8, rank=rank, machines=2)
-        shares.append(reward.calls_left)
+        shares.append(reward.budget.left)
     assert shares == [13] * 4 + [12] * 4
-    assert reward.limiter.per_minute == 20
+    assert reward.budget.limiter.per_minute == 20
 
 
 def test_a_reward_that_trains_shares_its_calls_and_rate_as_one_that_evaluates(
@@ -706,8 +707,8 @@ def test_a_reward_that_trains_shares_its_calls_and_rate_as_one_that_evaluates(
         module = RLOOModule(reward=reward, model_name=str(tiny_model_dir))
         module.trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         module.setup("fit")
-    assert [reward.calls_left for reward in rewards] == [12, 12]
-    assert [reward.limiter.per_minute for reward in rewards] == [20, 20]
+    assert [reward.budget.left for reward in rewards] == [12, 12]
+    assert [reward.budget.limiter.per_minute for reward in rewards] == [20, 20]
 
 
 def test_a_further_attempt_counts_against_the_limit(server: RewardServer, clock: Clock) -> None:
@@ -716,36 +717,32 @@ def test_a_further_attempt_counts_against_the_limit(server: RewardServer, clock:
     assert clock.now == pytest.approx(1000.0 + rate_limit.WINDOW_S)
 
 
-def test_the_budget_is_one_for_all_threads(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_is_one_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen threads look at it in the same moment, and three calls are left."""
-    reward = client(server, parallel_requests=16, max_calls=3)
-    asking_ = asking.Asking(reward, requests.Session())
-    started = threading.Barrier(16)
-    seen = type(reward)
 
-    class Slow(seen):  # type: ignore[valid-type, misc]
+    class Slow(Budget):
         """Between the look at what is left and the spending of it, others get a turn."""
 
         @property
-        def calls_left(self) -> int | None:
-            left = self.__dict__["calls_left"]
+        def left(self) -> int | None:  # type: ignore[override]
+            left: int | None = self.__dict__["left"]
             time.sleep(0.01)
-            return left  # type: ignore[no-any-return]
+            return left
 
-        @calls_left.setter
-        def calls_left(self, value: int | None) -> None:
-            self.__dict__["calls_left"] = value
+        @left.setter
+        def left(self, value: int | None) -> None:
+            self.__dict__["left"] = value
 
-    reward.__class__ = Slow
+    budget = Slow(0, 3, "source")
+    started = threading.Barrier(16)
 
-    def ask(_: int) -> bool:
+    def take(_: int) -> bool:
         started.wait(5)
-        return asking_._may_ask()
+        return budget.take()
 
     with ThreadPoolExecutor(16) as pool:
-        taken = sum(pool.map(ask, range(16)))
-    assert taken == 3
-    assert reward.calls["requests"] == 3
+        assert sum(pool.map(take, range(16))) == 3
+    assert budget.left == 0
 
 
 def test_a_turn_that_is_not_taken_is_given_back_to_the_budget(server: RewardServer) -> None:
@@ -753,7 +750,7 @@ def test_a_turn_that_is_not_taken_is_given_back_to_the_budget(server: RewardServ
     reward = client(server, requests_per_minute=1, max_calls=5, time_limit_s=0.2)
     scores = reward([PROMPT] * 2, ["a", "b"])
     assert sum(math.isnan(score) for score in scores) == 1
-    assert reward.calls_left == 4
+    assert reward.budget.left == 4
 
 
 def test_what_is_served_is_not_looked_up_behind_a_redirect(

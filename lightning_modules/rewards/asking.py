@@ -9,17 +9,19 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import requests
 import urllib3
 
-if TYPE_CHECKING:
-    from lightning_modules.rewards.http import HTTPReward
+from lightning_modules.rewards.budget import Budget
 
 RETRIED = {408, 429, 500, 502, 503, 504}
 LASTING = {401, 402, 403, 404, 410}
 """Refusals that hold for every further request as well."""
+ALIVE = {400, 422, 429}
+"""Answers of a server that is there, so none of a run of failures after which it is given up."""
 LONGEST_RETRY_AFTER_S = 60.0
 GRACE_S = 1.0
 """How long after the time limit a request that is under way may still end by itself."""
@@ -30,12 +32,39 @@ class ReplyTooLargeError(Exception):
     """A reply that is not read to its end."""
 
 
+@runtime_checkable
+class Source(Protocol):
+    """What is asked: where, how patiently, and how its replies are read."""
+
+    base_url: str
+    parallel_requests: int
+    timeout_s: float
+    max_attempts: int
+    time_limit_s: float
+    budget: Budget
+
+    def parse(self, reply: Any) -> float:
+        """The score in a decoded reply; any of the usual lookup and conversion errors where there is none."""
+
+    def explained(self, status: int) -> str:
+        """A refusal, with what to do about it."""
+
+
+class Failure(StrEnum):
+    """Why a request has no score, where its status does not say so."""
+
+    TIMEOUT = "timeout"
+    CONNECTION = "connection"
+    TOO_LARGE = "too large"
+    NO_SCORE = "no score"
+
+
 class Attempt(NamedTuple):
     """What a request came to: a score, or else why there is none."""
 
     score: float | None
-    label: str = ""
-    """The failure in a word, to count it by: ``429``, ``timeout``, ``connection``, ``no score``."""
+    failure: Failure | int | None = None
+    """The failure, or the status that says it."""
     reason: str = ""
     retry_after_s: float | None = None
     """The least wait before another attempt; None where none would help."""
@@ -49,15 +78,19 @@ class Asking:
     After a lasting refusal, or a long run of failures without a single score, no further request is sent.
 
     Args:
-        source: Whose options and counters to use.
+        source: What to ask.
         session: With the key.
     """
 
-    def __init__(self, source: "HTTPReward", session: requests.Session) -> None:
+    def __init__(self, source: Source, session: requests.Session) -> None:
         self.source = source
         self.session = session
         self.give_up_at = time.monotonic() + source.time_limit_s
         self.longest_run = max(10, 2 * source.parallel_requests)
+        self.last_error = ""
+        """Why the last completion without a score has none."""
+        self.answer_s = 0.0
+        """Seconds that the last score took."""
         self._failures_in_a_row = 0
         self._ended = threading.Event()
         self._why = ""
@@ -75,7 +108,7 @@ class Asking:
         self._ended.set()
 
     def score(self, path: str, body: dict[str, Any]) -> float:
-        """The score, or NaN after the last attempt, with the reason in the source's ``last_error``."""
+        """The score, or NaN after the last attempt, with the reason in ``last_error``."""
         reason = ""
         for attempt in range(self.source.max_attempts):
             if not self._may_ask():
@@ -92,7 +125,7 @@ class Asking:
             pause_s = max(result.retry_after_s, self._luck.uniform(0.5, 1.0) * min(2.0**attempt, 30.0))
             if time.monotonic() + pause_s > self.give_up_at or self._pause(pause_s):
                 break
-        self.source.last_error = reason or self._why
+        self.last_error = reason or self._why
         return math.nan
 
     def _pause(self, seconds: float) -> bool:
@@ -100,35 +133,27 @@ class Asking:
         return self._ended.wait(seconds)
 
     def _may_ask(self) -> bool:
-        """Take a turn under both limits."""
+        """Take a turn under all limits."""
+        late = f"the time limit of {self.source.time_limit_s:g} s has passed; raise the reward's time_limit_s"
         if self.has_ended:
             return False
         if time.monotonic() > self.give_up_at:
-            self.stop(f"the time limit of {self.source.time_limit_s:g} s has passed; raise the reward's time_limit_s")
+            self.stop(late)
             return False
-        with self._lock:
-            if self.source.calls_left is not None and self.source.calls_left <= 0:
-                self.stop(f"max_calls={self.source.max_calls} is used up; start again to go on, or raise it")
-                return False
-            self._spend(1)
-        if self.source.limiter.wait(self.give_up_at, self._pause) and not self.has_ended:
-            with self._lock:
-                self.source.calls["requests"] += 1
-            return True
-        with self._lock:
-            self._spend(-1)
-        self.stop(f"the time limit of {self.source.time_limit_s:g} s has passed; raise the reward's time_limit_s")
+        budget = self.source.budget
+        if not budget.take():
+            self.stop(f"max_calls={budget.calls} is used up; start again to go on, or raise it")
+            return False
+        if budget.wait(self.give_up_at, self._pause):
+            return not self.has_ended
+        self.stop(late)
         return False
 
-    def _spend(self, calls: int) -> None:
-        if self.source.calls_left is not None:
-            self.source.calls_left -= calls
-
     def _count(self, result: Attempt) -> None:
+        if result.failure is not None:
+            self.source.budget.count(str(result.failure))
         with self._lock:
-            if result.label:
-                self.source.calls[result.label] += 1
-            if result.label in ("", "429", "422", "400"):  # the server is there
+            if result.failure is None or result.failure in ALIVE:
                 self._failures_in_a_row = 0
                 return
             self._failures_in_a_row += 1
@@ -146,24 +171,26 @@ class Asking:
                 content = read_within(response, timeout_s)
         except ReplyTooLargeError:
             reason = f"{source.base_url} sends a reply of more than {LARGEST_REPLY:,} bytes, which is no score"
-            return Attempt(None, "too large", reason)
+            return Attempt(None, Failure.TOO_LARGE, reason)
         except requests.Timeout:
-            return Attempt(None, "timeout", f"{source.base_url} does not answer within {timeout_s:g} s", 0.0)
+            reason = f"{source.base_url} does not answer within {timeout_s:g} s"
+            return Attempt(None, Failure.TIMEOUT, reason, 0.0)
         except requests.RequestException as error:
-            return Attempt(None, "connection", f"{source.base_url} cannot be reached ({type(error).__name__})", 0.0)
+            reason = f"{source.base_url} cannot be reached ({type(error).__name__})"
+            return Attempt(None, Failure.CONNECTION, reason, 0.0)
         status = response.status_code
         if status in RETRIED:
-            return Attempt(None, str(status), f"{source.base_url} answers {status}", retry_after_s(response.headers))
+            return Attempt(None, status, f"{source.base_url} answers {status}", retry_after_s(response.headers))
         if status != 200:
             reason = f"{source.base_url} answers {source.explained(status)}"
-            return Attempt(None, str(status), reason, lasting=status in LASTING)
+            return Attempt(None, status, reason, lasting=status in LASTING)
         try:
             score = source.parse(json.loads(content))
             if not math.isfinite(score):
                 raise ValueError
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
-            return Attempt(None, "no score", f"{source.base_url} sends a reply without a score", 0.0)
-        source.answer_s = time.monotonic() - started
+            return Attempt(None, Failure.NO_SCORE, f"{source.base_url} sends a reply without a score", 0.0)
+        self.answer_s = time.monotonic() - started
         return Attempt(score)
 
 
@@ -198,7 +225,7 @@ def answered(asking: Asking, requests_wanted: Sequence[tuple[str, dict[str, Any]
             missing.remove(index)
             yield index, score
     except queue.Empty:
-        asking.source.last_error = f"{asking.source.base_url} holds requests beyond the time limit"
+        asking.last_error = f"{asking.source.base_url} holds requests beyond the time limit"
         yield from ((index, math.nan) for index in sorted(missing))
     finally:  # whoever listened may have had enough
         asking.stop("interrupted")

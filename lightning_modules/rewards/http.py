@@ -1,6 +1,7 @@
 """What rewards behind HTTP share: the session and its key, the limits, and scores as they arrive."""
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -11,8 +12,8 @@ import requests
 from core.errors import ConfigurationError
 from datamodules.chat import Message
 from lightning_modules.rewards.asking import Asking, answered
+from lightning_modules.rewards.budget import Budget
 from lightning_modules.rewards.keys import advice, checked_url, key_for, on_this_machine
-from lightning_modules.rewards.rate_limit import RateLimiter
 
 ALTERNATIVES = (
     "name another model, a server of your own (NemotronReward on a NIM, VLLMReward, SGLangReward), "
@@ -20,7 +21,7 @@ ALTERNATIVES = (
 )
 
 
-class HTTPReward:
+class HTTPReward(ABC):
     """Base of the rewards behind HTTP: a subclass says what to send and where the score is in the reply.
 
     A completion that could not be scored is NaN, and ``last_error`` says why in one line without the key. The key
@@ -72,29 +73,32 @@ class HTTPReward:
         self.max_calls = max_calls
         self.last_error = ""
         """Why the last completion without a score has none."""
-        self.calls: Counter[str] = Counter()
-        """Requests so far under ``requests``, and failed ones by what failed."""
-        self.calls_left = max_calls
-        """This process's share of ``max_calls`` that is not used up."""
         self.answer_s = 0.0
         """Seconds that the last score took."""
-        self.limiter = RateLimiter(requests_per_minute, self.base_url)
+        self.budget = Budget(requests_per_minute, max_calls, self.base_url)
+        """This process's share of what may be asked."""
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Requests so far under ``requests``, and failed ones by what failed."""
+        return self.budget.counts
 
     @cached_property
     def identity(self) -> list[Any]:
         """What tells this source of scores from another: its kind, its address, its model, and what is served there."""
         return [f"{type(self).__module__}.{type(self).__qualname__}", self.base_url, self.model, self._served()]
 
+    @abstractmethod
     def request(self, messages: Sequence[Message]) -> tuple[str, dict[str, Any]]:
         """The path below ``base_url`` to ask for a conversation's score, and the JSON to send."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parse(self, reply: Any) -> float:
         """The score in a decoded reply; any of the usual lookup and conversion errors where there is none."""
-        raise NotImplementedError
 
-    def demand_key(self) -> None:
-        """Raise a ConfigurationError where the server cannot be asked without a key and there is none."""
+    def without_key(self) -> str:
+        """Why the server cannot be asked without a key, and what to do; empty where it can."""
+        return ""
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
         scores = dict(self.stream(prompts, completions))
@@ -110,13 +114,16 @@ class HTTPReward:
             return
         self.last_error = ""
         with self._session() as session:
-            yield from answered(Asking(self, session), wanted)
+            asking = Asking(self, session)
+            try:
+                yield from answered(asking, wanted)
+            finally:
+                self.last_error = asking.last_error
+                self.answer_s = asking.answer_s or self.answer_s
 
     def share_budget(self, *, processes: int, rank: int, machines: int) -> None:
         """Take a part of ``max_calls`` and, as the limit is shared within a machine alone, of the rate."""
-        self.limiter = RateLimiter(self.requests_per_minute / machines, self.base_url)
-        if self.max_calls is not None:
-            self.calls_left = self.max_calls // processes + (rank < self.max_calls % processes)
+        self.budget.share(processes=processes, rank=rank, machines=machines)
 
     def _served(self) -> list[Any]:
         """What a server of one's own says that it serves, as the address alone stays the same with another model."""
@@ -145,8 +152,8 @@ class HTTPReward:
         _, key = key_for(self.base_url)
         if key:
             session.headers["Authorization"] = f"Bearer {key}"
-        else:
-            self.demand_key()
+        elif told := self.without_key():
+            raise ConfigurationError(told)
         return session
 
     def explained(self, status: int) -> str:

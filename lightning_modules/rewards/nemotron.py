@@ -7,7 +7,6 @@ from typing import Any
 
 from typing_extensions import override
 
-from core.errors import ConfigurationError
 from datamodules.chat import Message
 from lightning_modules.rewards.http import HTTPReward
 
@@ -60,12 +59,13 @@ class NemotronReward(HTTPReward):
         return [] if self.base_url == HOSTED_URL else super()._served()
 
     @override
-    def demand_key(self) -> None:
-        if self.base_url == HOSTED_URL:
-            raise ConfigurationError(
-                "NVIDIA_API_KEY is not set: export it, or name another source in evaluation.reward, "
-                "or switch the evaluation off with --evaluation.num_prompts 0"
-            )
+    def without_key(self) -> str:
+        if self.base_url != HOSTED_URL:
+            return ""
+        return (
+            "NVIDIA_API_KEY is not set: export it, or name another source in evaluation.reward, "
+            "or switch the evaluation off with --evaluation.num_prompts 0"
+        )
 
 
 def folded_system(prompt: Sequence[Message]) -> list[Message]:
