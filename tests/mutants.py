@@ -162,7 +162,7 @@ PLANTED = [
         BOUNDARY,
         "        if not at_step_boundary(trainer):\n            return\n",
         "",
-        "tests/test_preemption.py -k window",
+        "tests/test_preemption.py -k clock",
     ),
     Mutant(
         BOUNDARY,
@@ -170,8 +170,8 @@ PLANTED = [
         "            pass\n",
         "tests/test_preemption.py -k window",
     ),
-    Mutant(IO, "            os.fsync(file.fileno())\n", "", "tests/test_checkpoint_io.py -k order"),
-    Mutant(IO, "        sync_directory(target.parent)\n", "", "tests/test_checkpoint_io.py -k order"),
+    Mutant(IO, "            os.fsync(file.fileno())\n", "", "tests/test_checkpoint_io.py -k bytes_reach"),
+    Mutant(IO, "        sync_directory(target.parent)\n", "", "tests/test_checkpoint_io.py -k bytes_reach"),
     Mutant(
         "commands/parsing.py",
         "shown(redact(explain(message, options)))",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
@@ -36,6 +37,14 @@ def test_fit_leaves_the_folder_that_is_promised(method: str, config: Any, tmp_pa
     assert any(name.startswith("val/") for name in names)
     assert method == "RewardModule" or "eval/win_rate" in names
     assert "Traceback" not in result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    turn, text = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert turn != text
+    exported = json.loads((run / "final" / "config.json").read_text())
+    assert (exported["eos_token_id"], exported["pad_token_id"]) == (turn, text)
+    if method != "RewardModule":  # whoever generates with it stops at either
+        settings = json.loads((run / "final" / "generation_config.json").read_text())
+        assert (settings["eos_token_id"], settings["pad_token_id"]) == ([turn, text], text)
 
 
 def test_a_model_and_data_that_do_not_fit_are_told_in_one_line(config: Any, cli: Cli) -> None:
