@@ -105,6 +105,8 @@ def write_export(trainer: Trainer, module: FineTuningModule, target: Path) -> No
             target.rename(old)
         partial.rename(target)
     except (OSError, SafetensorError) as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         told = getattr(error, "strerror", None) or error
         raise ConfigurationError(

@@ -251,7 +251,7 @@ PLANTED = [
         EVALUATION,
         "failed <= self.max_failed_share * prompts",
         "failed < self.max_failed_share * prompts",
-        "tests/test_evaluation.py -k share",
+        "tests/test_evaluation_trust.py -k share",
     ),
     Mutant(
         "datamodules/prompts.py",

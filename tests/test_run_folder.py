@@ -17,10 +17,11 @@ from lightning.pytorch import Trainer
 
 from callbacks import HuggingFaceExport, hugging_face_export
 from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
-from callbacks.hugging_face_export import check_place
+from callbacks.hugging_face_export import check_place, write_export
 from commands.checkpoints import checkpoints
 from commands.run_folder import FolderLock, RunFolder, give_up_locks
 from core.errors import ConfigurationError
+from lightning_modules import SFTModule
 from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
 
@@ -161,6 +162,13 @@ def test_what_an_export_would_replace_is_told_before_training(config: Any, tmp_p
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def exported(directory: Path) -> SFTModule:
+    """The module of a model."""
+    module = SFTModule(model_name=str(directory))
+    module.configure_model()
+    return module
+
+
 def test_an_export_that_fails_leaves_the_one_before_as_it_was(
     config: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +189,18 @@ def test_an_export_that_fails_leaves_the_one_before_as_it_was(
     assert not (run / "final.partial").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Any) -> Path:
+        if self.name == "final.partial":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigurationError, match="Permission denied"):
+        write_export(Trainer(logger=False, default_root_dir=run), exported(run / "final"), run / "final")
+    assert content(run / "final") == before
+    monkeypatch.undo()
     assert cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2").returncode == 0
     assert content(run / "final") != before
     assert not (run / "final.old").exists()
@@ -256,13 +276,13 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_training(
 
 HOLD = """
 import fcntl, sys, time
-with open(sys.argv[1], "w") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX)
+with open(sys.argv[1], "w+") as file:
+    fcntl.lockf(file, fcntl.LOCK_SH)  # which leaves room for others of its kind, and none for a run
     print("process 7 on another-machine", file=file, flush=True)
     print("taken", flush=True)
     time.sleep(60)
 """
-"""As a run does that holds its folder, in a moment."""
+"""A process that holds a folder, started in a moment."""
 
 
 def test_a_folder_is_one_run_s_at_a_time(config: Any, tmp_path: Path, cli: Cli) -> None:

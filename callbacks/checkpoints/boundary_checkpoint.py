@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from callbacks.lightning_internals import at_step_boundary
 from core.errors import ConfigurationError
 from core.files import check_writable
 
@@ -177,8 +178,3 @@ def monitors(trainer: Trainer) -> list[tuple[str, str]]:
         if isinstance(getattr(callback, "monitor", None), str):
             found.append(("checkpoint.monitor" if own else f"{type(callback).__name__}'s monitor", callback.monitor))
     return found
-
-
-def at_step_boundary(trainer: Trainer) -> bool:
-    """Whether no gradient is accumulated that the next optimiser step would need."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()

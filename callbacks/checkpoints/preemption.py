@@ -10,12 +10,20 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from callbacks.checkpoints.boundary_checkpoint import at_step_boundary
+from callbacks.lightning_internals import (
+    SignalConnector,
+    at_step_boundary,
+    cluster_environment,
+    install_signals,
+    log_step,
+    save_and_requeue,
+    signals_of,
+    validation_follows,
+)
 
 EXIT_CODE = 143
 """128 + SIGTERM, which schedulers take for a job that was asked to end."""
@@ -27,7 +35,7 @@ class Preempted(SystemExit):
     """Ends the process as one that a signal ended."""
 
 
-class Signals(_SignalConnector):
+class Signals(SignalConnector):
     """In place of Lightning's handlers, which exit 0 on one process and wait for each other on several."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -80,8 +88,8 @@ class Preemption(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(trainer._signal_connector, Signals):
-            trainer._signal_connector = Signals(trainer)
+        if not isinstance(signals_of(trainer), Signals):
+            install_signals(trainer, Signals(trainer))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,7 +98,7 @@ class Preemption(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        trainer._signal_connector.stepping = True  # type: ignore[attr-defined]
+        signals_of(trainer).stepping = True
 
     @override
     def on_train_batch_end(
@@ -112,7 +120,7 @@ class Preemption(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where a validation within a fit was left."""
         in_fit = trainer.state.fn == TrainerFn.FITTING and trainer.validating
-        signals: Any = trainer._signal_connector
+        signals = signals_of(trainer)
         if isinstance(exception, Preempted) and in_fit and at_step_boundary(trainer) and not signals.at_once:
             self._in_validation = True
             self._save(trainer, signals.received)
@@ -128,7 +136,7 @@ class Preemption(Callback):
         if getattr(trainer, "fast_dev_run", False):
             return
         if signum == requeue_signal(trainer):
-            trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+            save_and_requeue(trainer, signum)
             return
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
         path = Path(directory or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
@@ -139,17 +147,11 @@ class Preemption(Callback):
 
 def asked(trainer: Trainer) -> int:
     """The signal that any of the processes received, 0 for none; every process must ask at the same point."""
-    received: int = trainer._signal_connector.received  # type: ignore[attr-defined]
+    received: int = signals_of(trainer).received
     if trainer.world_size == 1:
         return received
     flag = torch.tensor(received, device=trainer.strategy.root_device)
     return int(trainer.strategy.reduce(flag, reduce_op="max"))
-
-
-def log_step(trainer: Trainer) -> None:
-    """Log the step that has just ended, which Lightning would do after the callbacks' turn."""
-    trainer._logger_connector.on_batch_end()
-    trainer._logger_connector.update_train_step_metrics()
 
 
 def exit_code(signum: int) -> int:
@@ -159,20 +161,14 @@ def exit_code(signum: int) -> int:
 
 def leave(trainer: Trainer, signum: int) -> Preempted:
     """The exit; a process that Lightning launched leaves the code to its parent, which it would kill otherwise."""
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
     return Preempted(0 if launched else exit_code(signum))
 
 
-def validation_follows(trainer: Trainer) -> bool:
-    """Whether a validation is due after the batch that has just ended."""
-    loop = trainer.fit_loop
-    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
 def requeue_signal(trainer: Trainer) -> int | None:
     """The signal with which SLURM asks for a requeue; None elsewhere."""
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal or signal.SIGUSR1
     return None

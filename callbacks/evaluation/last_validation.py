@@ -4,10 +4,12 @@ import math
 
 from lightning.pytorch import Trainer
 
+from callbacks.lightning_internals import may_stop_early
+
 
 def ends_here(trainer: Trainer) -> bool:
     """Whether the step just taken is the last: by ``max_steps``, ``max_epochs``, ``max_time`` or early stopping."""
-    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+    if trainer.should_stop and may_stop_early(trainer):
         return True
     in_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     at_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

@@ -1,0 +1,72 @@
+"""Lightning's private names, all that this suite relies on: each here once, with what is relied on.
+
+``tests/test_lightning_contract.py`` says which of them a release has changed. What ``commands/lightning.py`` overrides
+of LightningCLI, and ``checkpoints/boundary_checkpoint.py`` of ModelCheckpoint, is in that test as well.
+"""
+
+from typing import Any
+
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector as SignalConnector
+
+__all__ = [
+    "SignalConnector",
+    "at_step_boundary",
+    "cluster_environment",
+    "install_signals",
+    "log_step",
+    "may_stop_early",
+    "save_and_requeue",
+    "signals_of",
+    "validation_follows",
+]
+
+
+def at_step_boundary(trainer: Trainer) -> bool:
+    """Whether no gradient is accumulated that the next optimiser step would need.
+
+    ``_should_accumulate`` is true where the batch that has just run was no window's last, an epoch's last aside.
+    """
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation is due after the batch that has just ended.
+
+    ``_should_check_val_fx`` looks at intervals and at the fetcher's last batch, and changes nothing.
+    """
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def may_stop_early(trainer: Trainer) -> bool:
+    """Whether ``should_stop`` is to be followed: the least steps and epochs are done."""
+    return trainer.fit_loop._can_stop_early
+
+
+def log_step(trainer: Trainer) -> None:
+    """Log the step that has just ended, as the loop does after the callbacks' turn."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
+    """Who launched the processes."""
+    environment: ClusterEnvironment | None = trainer._accelerator_connector.cluster_environment
+    return environment
+
+
+def signals_of(trainer: Trainer) -> Any:
+    """What handles the signals; the trainer registers its handlers when a fit or a validation begins."""
+    return trainer._signal_connector
+
+
+def install_signals(trainer: Trainer, signals: SignalConnector) -> None:
+    """Have another handle them."""
+    trainer._signal_connector = signals
+
+
+def save_and_requeue(trainer: Trainer, signum: int) -> None:
+    """Save ``hpc_ckpt_N.ckpt`` and have SLURM run the job again, as Lightning's own handler does."""
+    trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
