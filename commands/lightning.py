@@ -1,26 +1,18 @@
 """``fit`` and ``validate``: LightningCLI with the suite's run folder, loggers, checkpoints, export and evaluation."""
 
-import json
-import logging
-import platform
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import datasets
-import torch
-import transformers
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from callbacks import HuggingFaceExport, NemotronEvaluation
@@ -35,16 +27,13 @@ from commands.boundaries import check_boundaries, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
+from commands.quiet import quieten
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
+from commands.run_record import SaveConfig
 from core.errors import ConfigurationError
-from core.files import write_whole
-from core.text import shown
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
-from lightning_modules.untrained import EvaluationModule
-
-PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
-
+from lightning_modules.untrained import EvaluationModule, NoRows
 
 LEAST = {
     "accumulate_grad_batches": 1,
@@ -65,29 +54,6 @@ class Parser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         stop(self, message)
-
-
-class SaveConfig(SaveConfigCallback):
-    """Keeps the config of a fit, and the versions it ran with, in the run's folder and with every logger."""
-
-    @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        kept = (Path(trainer.default_root_dir) / "config.yaml").exists()
-        if not trainer.fast_dev_run and (stage == "fit" or not trainer.strategy.broadcast(kept)):
-            super().setup(trainer, pl_module, stage)
-
-    @override
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        folder = Path(trainer.default_root_dir)  # and not a logger's, as which loggers there are is the user's affair
-        try:
-            write_whole(folder / "config.yaml", self.parser.dump(self.config, skip_none=False))
-            write_whole(folder / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot write into {folder} ({error.strerror}); make room there, or change trainer.default_root_dir"
-            ) from error
-        for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
 
 
 class SuiteCLI(LightningCLI):
@@ -270,47 +236,6 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-class NoRows(IterableDataset[Any]):
-    """What a validation iterates over that is only about the evaluation's prompts."""
-
-    @override
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-def environment(trainer: Trainer) -> dict[str, Any]:
-    """What a run ran on, as far as it may change its figures."""
-    device = trainer.strategy.root_device
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "processes": trainer.world_size,
-        "precision": trainer.precision,
-    }
-
-
-def without_escapes(record: logging.LogRecord) -> bool:
-    """Have a line show what a terminal would act on, as names of models, judges and files may hold anything."""
-    record.msg, record.args = shown(record.getMessage()), ()
-    return True
-
-
-def quieten() -> None:
-    """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
-    warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # so it is meant
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
-    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
-    told.addFilter(without_escapes)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
 
 
 def run() -> None:

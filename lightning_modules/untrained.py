@@ -1,7 +1,9 @@
 """A model that is evaluated and not trained: any Hugging Face directory or hub id, under any method's checkpoint."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from typing_extensions import override
 
 from lightning_modules.base import FineTuningModule
@@ -23,3 +25,11 @@ class EvaluationModule(FineTuningModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: there are no rows."""
+
+
+class NoRows(IterableDataset[Any]):
+    """What a validation iterates over that is only about the evaluation's prompts."""
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())

@@ -242,7 +242,7 @@ PLANTED = [
         "tests/test_nemotron.py -k budget",
     ),
     Mutant(
-        ASKING,
+        "lightning_modules/rewards/replies.py",
         "            if len(body) > LARGEST_REPLY:",
         "            if False:",
         "tests/test_nemotron.py -k too_large",
@@ -347,7 +347,7 @@ OWN = [
         "core/files.py",
         "os.O_EXCL | getattr",
         "os.O_TRUNC | getattr",
-        "tests/test_bad_days.py tests/test_core_files.py -k file",
+        "tests/test_bad_days.py -k file",
     ),
     Mutant(
         "core/files.py",

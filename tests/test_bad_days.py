@@ -225,3 +225,17 @@ def test_a_disk_that_keeps_no_table_costs_a_warning(tiny_model_dir: Path, tmp_pa
     (tmp_path / "cache").write_text("a file, where the folder should be")
     with pytest.warns(UserWarning, match="the reference's log-probabilities are not kept for another run"):
         dpo(tiny_model_dir, tmp_path)
+
+
+def test_a_new_file_is_new_and_through_no_link(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / "link").symlink_to(other)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("other", "link", "dangling"):
+        with pytest.raises(FileExistsError):
+            files.new_file(tmp_path / name)
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+    os.close(files.new_file(tmp_path / "new", files.OWN))
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600

@@ -109,8 +109,8 @@ def run_on_model(judged: NemotronEvaluation, model_dir: Path, root: Path) -> Non
     from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
-    from commands.lightning import NoRows
     from lightning_modules import EvaluationModule
+    from lightning_modules.untrained import NoRows
 
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=root, callbacks=[judged]

@@ -22,11 +22,11 @@ from core.errors import ConfigurationError
 from datamodules.chat import Message
 from lightning_modules import RLOOModule
 from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit
-from lightning_modules.rewards.asking import retry_after_s
 from lightning_modules.rewards.budget import Budget
 from lightning_modules.rewards.http import ALTERNATIVES
 from lightning_modules.rewards.nemotron import folded_system, parse_score
 from lightning_modules.rewards.preflight import preflight
+from lightning_modules.rewards.replies import retry_after_s
 from tests.clock import Clock
 from tests.reward_server import Asked, Reply, RewardServer, reply_of, text_reply
 

@@ -1,35 +1,28 @@
 """One call's requests to a reward source behind HTTP: what each comes to, when to ask again, when to stop."""
 
 import contextlib
-import email.utils
 import json
 import math
 import queue
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import requests
-import urllib3
 
 from lightning_modules.rewards.budget import Budget
+from lightning_modules.rewards.replies import LARGEST_REPLY, ReplyTooLargeError, read_within, retry_after_s
 
 RETRIED = {408, 429, 500, 502, 503, 504}
 LASTING = {401, 402, 403, 404, 410}
 """Refusals that hold for every further request as well."""
 ALIVE = {400, 422, 429}
 """Answers of a server that is there, so none of a run of failures after which it is given up."""
-LONGEST_RETRY_AFTER_S = 60.0
 GRACE_S = 1.0
 """How long after the time limit a request that is under way may still end by itself."""
-LARGEST_REPLY = 1_000_000
-
-
-class ReplyTooLargeError(Exception):
-    """A reply that is not read to its end."""
 
 
 @runtime_checkable
@@ -229,41 +222,3 @@ def answered(asking: Asking, requests_wanted: Sequence[tuple[str, dict[str, Any]
         yield from ((index, math.nan) for index in sorted(missing))
     finally:  # whoever listened may have had enough
         asking.stop("interrupted")
-
-
-def read_within(response: requests.Response, seconds: float) -> bytes:
-    """The body, piece by piece as it arrives, so that a server that trickles it is noticed.
-
-    Raises:
-        requests.Timeout: If it takes longer.
-        ReplyTooLargeError: If it is larger than any reply with a score.
-        requests.ConnectionError: If it breaks off.
-    """
-    give_up_at = time.monotonic() + seconds
-    body = bytearray()
-    try:
-        while piece := response.raw.read1(65_536, decode_content=True):
-            body += piece
-            if len(body) > LARGEST_REPLY:
-                raise ReplyTooLargeError
-            if time.monotonic() > give_up_at:
-                raise requests.Timeout
-    except urllib3.exceptions.ReadTimeoutError as error:
-        raise requests.Timeout from error
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        if isinstance(error, requests.Timeout):
-            raise
-        raise requests.ConnectionError from error
-    return bytes(body)
-
-
-def retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date, at most a minute; 0 where it asks nothing."""
-    value = headers.get("Retry-After", "0")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-        with contextlib.suppress(ValueError, OverflowError):
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else 0.0

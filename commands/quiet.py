@@ -1,0 +1,31 @@
+"""What libraries say that the user can do nothing about is kept to ourselves."""
+
+import logging
+import sys
+import warnings
+
+import datasets
+import transformers
+
+from core.text import shown
+
+
+def without_escapes(record: logging.LogRecord) -> bool:
+    """Have a line show what a terminal would act on, as names of models, judges and files may hold anything."""
+    record.msg, record.args = shown(record.getMessage()), ()
+    return True
+
+
+def quieten() -> None:
+    """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
+    warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # so it is meant
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
+    told.addFilter(without_escapes)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
