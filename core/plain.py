@@ -41,7 +41,6 @@ def check_bounded(content: Any, where: str) -> None:
         if not isinstance(value, (dict, list, tuple)):
             return 1
         if id(value) not in sizes:
-            sizes[id(value)] = MOST  # what it counts within itself
             inner = [*value, *value.values()] if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(size(item, depth + 1) for item in inner)
         if sizes[id(value)] > MOST:

@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from core.errors import ConfigurationError
 from datamodules.chat import Message
 from lightning_modules import RLOOModule
-from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit
+from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit, replies
 from lightning_modules.rewards.budget import Budget
 from lightning_modules.rewards.http import ALTERNATIVES
 from lightning_modules.rewards.nemotron import folded_system, parse_score
@@ -47,7 +47,7 @@ ATTRIBUTE_SCORE = 3.315625
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ticking = Clock()
-    for module in (asking, rate_limit):
+    for module in (asking, rate_limit, replies):
         monkeypatch.setattr(module, "time", ticking)
     monkeypatch.setattr(asking.Asking, "_pause", lambda self, seconds: ticking.sleep(seconds))
     return ticking
