@@ -433,7 +433,9 @@ def test_a_reward_that_hangs_is_left_to_itself() -> None:
 
     with pytest.raises(ConfigurationError, match=r"Hanging has not scored 1 completions within 0.2 s; mend it, or"):
         checked_scores(Hanging(), [[]], ["x"])
+    started = time.monotonic()
     assert checked_scores(brevity, [[]], ["x"]) == [-1.0]
+    assert time.monotonic() - started < 5.0, "behind the one that hangs"
 
 
 def test_a_local_model_scores_alike_under_autocast(reward_dir: Path, plain_scores: list[float]) -> None:
