@@ -194,11 +194,11 @@ def test_a_ctrl_c_that_a_shell_has_ignored_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("minutes", "saves"), [(0.0005, 8), (10.0, 0), (None, 0)])
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0005, 8), (0.0001, 8), (10.0, 0), (None, 0)])
 def test_last_ckpt_is_saved_by_the_clock_at_step_boundaries(
     minutes: float | None, saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step takes longer than 30 ms here, so each is due; the file goes on where it says."""
+    """Each step takes longer than 30 ms here, and each batch than 6, so each step is due; the file goes on where it says."""
     found: list[tuple[int, int]] = []
     save = WholeCheckpointIO.save_checkpoint
 
