@@ -198,7 +198,7 @@ def test_a_ctrl_c_that_a_shell_has_ignored_is_ignored(tmp_path: Path) -> None:
 def test_last_ckpt_is_saved_by_the_clock_at_step_boundaries(
     minutes: float | None, saves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step takes longer than 30 ms here, and each batch than 6, so each step is due; the file goes on where it says."""
+    """Each step takes longer than 30 ms here and each batch than 6, so each step is due; the file says where it is."""
     found: list[tuple[int, int]] = []
     save = WholeCheckpointIO.save_checkpoint
 
