@@ -289,6 +289,39 @@ def test_a_url_with_a_secret_is_refused_and_redacted(url: str, config: Any, cli:
     assert "hunter2" not in redact(f"cannot reach {url} today")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *KEYS[:2],
+        "ghp_" + "Ab3Z" * 9,
+        "gho_" + "Ab3Z" * 9,
+        "github_pat_" + "Ab3_" * 9,
+        "glpat-" + "Ab3-" * 5,
+        "AKIA" + "ABC3" * 4,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+    ],
+)
+def test_keys_of_every_known_form_are_told_wherever_they_stand(key: str) -> None:
+    assert secret_in({"a": [{"b": f"see {key} there"}]}) == "a.b looks like a key"
+    assert redact(f"refused: {key}, {key}") == "refused: ***, ***"
+    assert redact(f"cannot reach https://{key}@host/v1") == "cannot reach https://***@host/v1"
+
+
+def test_a_user_in_a_url_may_be_a_key() -> None:
+    url = "https://0123token4567@judge.lab/v1"
+    assert secret_in({"base_url": url}) == "base_url is a URL with a password or key in it"
+    assert redact(f"cannot reach {url}") == "cannot reach https://***@judge.lab/v1"
+
+
+def test_shared_options_are_read_once() -> None:
+    shared: list[Any] = ["x"]
+    for _ in range(60):
+        shared = [shared, shared]
+    assert secret_in({"a": shared}) is None
+    shared.append(shared)
+    assert secret_in({"a": shared, "b": KEYS[0]}) == "b looks like a key"
+
+
 def test_what_only_resembles_a_key_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789abcdef" * 2 + "01234567"
     harmless = {
