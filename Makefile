@@ -35,6 +35,7 @@ check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(BIN)/python -m tests.house
 
 fmt: $(READY) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
