@@ -1,4 +1,4 @@
-"""The house as it stands: rooms, what each may use, its longest file and the longest functions. ``make check`` prints it.
+"""The house as it stands: rooms, their longest files, and the longest functions; ``make check`` prints it.
 
 python -m tests.house
 """
