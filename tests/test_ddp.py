@@ -63,7 +63,7 @@ def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule"])
+@pytest.mark.parametrize("method", ["SFTModule", "DPOModule"])
 def test_two_processes_end_with_the_weights_and_losses_of_one(method: str, config: Any, tmp_path: Path) -> None:
     """Three rows a process in a step, or six; clipped, and over two epochs with orders of their own."""
     weights, losses = [], []

@@ -56,6 +56,7 @@ def asked_about(server: RewardServer) -> Counter[str]:
 # A hostile server
 
 
+@pytest.mark.slow
 def test_a_hostile_server_changes_no_score_and_loses_none_in_silence(
     server: RewardServer, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +174,7 @@ def test_another_model_under_the_same_name_is_completed_anew(talks: Path, tiny_m
     assert completions[0] != completions[1]
 
 
+@pytest.mark.slow
 def test_killed_half_way_and_started_again_no_scored_answer_is_asked_about_again(
     server: RewardServer, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
