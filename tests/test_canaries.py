@@ -90,7 +90,7 @@ def attempts(path: str, cli: Cli) -> list[tuple[str, ...]]:
     return tried
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [24, pytest.param(60, marks=pytest.mark.slow)])
 def test_no_option_reaches_a_file_outside_the_run_s_folder(
     count: int, config: Any, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,14 +63,13 @@ def test_two_processes_train_and_evaluate_as_one_run(method: str, config: Any, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["SFTModule", "DPOModule"])
-def test_two_processes_end_with_the_weights_and_losses_of_one(method: str, config: Any, tmp_path: Path) -> None:
+def test_two_processes_end_with_the_weights_and_losses_of_one(config: Any, tmp_path: Path) -> None:
     """Three rows a process in a step, or six; clipped, and over two epochs with orders of their own."""
     weights, losses = [], []
     for devices, batch_size in (("1", 6), ("2", 3)):
         root = tmp_path / devices
         made = config(
-            method,
+            "SFTModule",
             trainer={
                 "default_root_dir": str(root),
                 "devices": devices,
