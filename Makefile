@@ -12,11 +12,11 @@ help: ## Show this list
 setup: $(READY) ## Make .venv with everything that the demo, the tests and the checks need
 
 $(READY): pyproject.toml constraints.txt
-	@echo "setting up $(VENV): about a minute, most of it PyTorch"
+	@echo "setting up $(VENV): about two minutes, most of it PyTorch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev --group parity --editable '.[serve]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --group parity --editable '.[serve]'
 	@touch $@
 
 demo: $(READY) ## Run the whole pipeline offline on the CPU: train, evaluate, compare
