@@ -123,7 +123,7 @@ class SuiteCLI(LightningCLI):
         config.trainer.default_root_dir = root
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(root) / "checkpoints")
-        config.checkpoint.dirpath = str(config.checkpoint.dirpath) and str(Path(config.checkpoint.dirpath).expanduser())
+        config.checkpoint.dirpath = expanded(str(config.checkpoint.dirpath))
         check_boundaries(config.trainer.as_dict(), Path(root))
         folder = RunFolder(Path(root), Path(config.checkpoint.dirpath), Path(root) / config.export.directory)
         folder.check_links()
@@ -229,6 +229,11 @@ class SuiteCLI(LightningCLI):
             rank_zero_info(f"judging {model.model_name}{under}" + (f" against {reference}" if reference else ""))
             with fitting_checkpoint(model, path):
                 self.trainer.validate(model, ckpt_path=path, **options)
+
+
+def expanded(path: str) -> str:
+    """The path with the user's folder for ``~``; an empty one stays so, and is refused where it is read."""
+    return str(Path(path).expanduser()) if path else path
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

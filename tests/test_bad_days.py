@@ -84,6 +84,24 @@ def test_damaged_pages_are_noticed_where_they_are_read(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_a_cache_that_cannot_be_read_costs_a_warning_and_no_training(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As where its disk is gone; that is told once for what is read and once for what is kept."""
+    warnings.simplefilter("always")
+    cache = EvaluationCache(tmp_path / "evaluation.sqlite")
+    cache.keep_score("a", 1.0)
+    cache._file.execute("DROP TABLE scores")
+    cache._file.execute("DROP TABLE completions")
+    assert cache.score("a") is None
+    assert cache.completion("a") is None
+    cache.keep_score("a", 2.0)
+    cache.keep_score("b", 2.0)
+    told = [str(warning.message).partition(" in ")[0] for warning in recwarn]
+    assert told == ["what is kept", "no more scores are kept"]
+    cache.close()
+
+
 def test_values_that_nothing_of_ours_wrote_are_asked_about_anew(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.sqlite"
     cache = EvaluationCache(path)

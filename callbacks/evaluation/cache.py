@@ -41,6 +41,7 @@ class EvaluationCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._used = path
+        self._reads = True
         self._writes = True
         if path.is_symlink():
             raise ConfigurationError(f"{path} is a link, and no cache is kept behind one; change evaluation.cache_dir")
@@ -73,7 +74,14 @@ class EvaluationCache:
         self._file.close()
 
     def _row(self, statement: str, key: str) -> Any:
-        return self._tried(lambda: self._file.execute(statement, (key,)).fetchone())
+        """What is kept, or None where it cannot be read: to ask again costs less than the training."""
+        try:
+            return self._tried(lambda: self._file.execute(statement, (key,)).fetchone())
+        except (sqlite3.Error, ConfigurationError) as error:
+            if self._reads:
+                self._reads = False
+                warnings.warn(f"what is kept in {self._used} cannot be read ({error})", stacklevel=3)
+            return None
 
     def _write(self, statement: str, *values: Any) -> None:
         if self._writes:
@@ -81,7 +89,7 @@ class EvaluationCache:
                 self._tried(lambda: self._file.execute(statement, values))
             except (sqlite3.Error, ConfigurationError) as error:
                 self._writes = False
-                warnings.warn(f"no more scores are kept in {self._path} ({error})", stacklevel=3)
+                warnings.warn(f"no more scores are kept in {self._used} ({error})", stacklevel=3)
 
     def _tried(self, work: Callable[[], Result]) -> Result:
         """The work's result, on another file where this one turns out to be damaged."""
