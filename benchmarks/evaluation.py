@@ -6,6 +6,7 @@ Prints the seconds, their ratio to the bound, and the most requests that the ser
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from callbacks.evaluation.cache import EvaluationCache
+from callbacks.evaluation.cache import EvaluationCache, ScoreMemory
 from callbacks.evaluation.scores import Scorer
 from lightning_modules.rewards import NemotronReward
 
@@ -64,9 +65,9 @@ def evaluate(name: str, arguments: argparse.Namespace, port: int, cache_dir: str
     )
     prompts = [[{"role": "user", "content": f"{name} question {i // 2}"}] for i in range(2 * arguments.prompts)]
     completions = [f"an answer of some length, number {i}" for i in range(2 * arguments.prompts)]
-    with EvaluationCache(Path(cache_dir) / "evaluation.sqlite") as cache, EvaluationCache(Path(":memory:")) as memory:
+    with contextlib.closing(EvaluationCache(Path(cache_dir) / "evaluation.sqlite")) as cache:
         started = time.perf_counter()
-        scores = Scorer(reward, cache, memory)(prompts, completions)
+        scores = Scorer(reward, cache, ScoreMemory())(prompts, completions)
         seconds.put(time.perf_counter() - started)
     assert scores == [-3.28] * len(scores)
 

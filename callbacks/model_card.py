@@ -92,13 +92,13 @@ def headline(trainer: Trainer) -> str:
     """The win rate of the model as it is exported, in words; empty where it was not evaluated."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     evaluation = next((callback for callback in callbacks if isinstance(callback, NemotronEvaluation)), None)
-    metrics = evaluation.metrics_at(trainer.global_step) if evaluation is not None else None
-    if metrics is None or not metrics["valid"]:
+    result = evaluation.result_at(trainer.global_step) if evaluation is not None else None
+    if result is None or not result.valid:
         return ""
-    rate, low, high = (100 * value for value in (metrics["win_rate"], *metrics["win_rate_ci"]))
+    rate, low, high = (100 * value for value in (result.win_rate, *result.win_rate_ci))
     return (
-        f"wins {rate:.1f} % [{low:.1f}, {high:.1f}] of {metrics['prompts']} prompts against "
-        f"{printable(short_name(metrics['reference']))}, judged by {printable(short_name(metrics['reward_source']))}"
+        f"wins {rate:.1f} % [{low:.1f}, {high:.1f}] of {result.prompts} prompts against "
+        f"{printable(short_name(result.reference))}, judged by {printable(short_name(result.reward_source))}"
     )
 
 

@@ -1,35 +1,34 @@
 """Asks a reward model, at epoch end, whether the policy answers held-out prompts better than a reference model."""
 
 import contextlib
+import functools
 import math
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from callbacks.evaluation.cache import EvaluationCache, ScoreMemory
+from callbacks.evaluation.cache import EvaluationCache, ScoreMemory, open_cache
 from callbacks.evaluation.completions import Completer, Decoding, progress
-from callbacks.evaluation.files import write
-from callbacks.evaluation.last_validation import batches_left, ends_here, ends_later_in_epoch
-from callbacks.evaluation.metrics import Pair, Side, evaluation_metrics
+from callbacks.evaluation.evaluate import evaluate
 from callbacks.evaluation.monitors import Monitors
 from callbacks.evaluation.ranks import Ranks
-from callbacks.evaluation.report import calls_told, log_pairs, logged_names, logged_numbers, report
+from callbacks.evaluation.report import tell
+from callbacks.evaluation.result import EvaluationResult
+from callbacks.evaluation.schedule import ends_here, folder, is_due, judged
 from callbacks.evaluation.scores import Scorer
 from core.errors import ConfigurationError
-from datamodules.chat import Message, load_tokenizer
+from datamodules.chat import load_tokenizer
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.models.identity import directory_digest, tensors_digest, weights_digest
 from lightning_modules.models.loading import load_causal_lm, load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
-from lightning_modules.rewards.preflight import is_model, judge_preflight, preflight, remote_parts, time_plan
+from lightning_modules.rewards.preflight import before_evaluation, remote_parts
 
 SLACK_S = 3600.0
 """How much longer than its scores another process may take for its completions."""
@@ -105,8 +104,8 @@ class NemotronEvaluation(Callback):
         self.check_judge = check_judge
         self._prompts: list[Prompt] = []
         self._memory = ScoreMemory()
-        self._last: tuple[int, dict[str, Any]] | None = None  # the step and the metrics of the last evaluation
-        self._monitors = Monitors(logged_names())
+        self._last: tuple[int, EvaluationResult] | None = None  # the step and the result of the last evaluation
+        self._monitors = Monitors()
         self._ranks: Ranks[Any] = Ranks(SLACK_S)
 
     @override
@@ -135,11 +134,13 @@ class NemotronEvaluation(Callback):
                 max_length=self.max_prompt_length,
                 held_out=True if self.dataset_name == getattr(data, "dataset_name", None) else None,
             )
-            self._open_cache(trainer).close()
+            open_cache(trainer, self.cache_dir).close()
             for source in sources:
                 source.share_budget(processes=trainer.world_size, rank=trainer.global_rank, machines=trainer.num_nodes)
             if trainer.is_global_zero:
-                self._preflight()
+                before_evaluation(
+                    self.reward, self._prompts, judges=self.check_judge, option="evaluation.reward", told=rank_zero_info
+                )
 
         self._ranks.gather(prepare)
 
@@ -167,10 +168,10 @@ class NemotronEvaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate a run that ended without a validation: where none was due, or its last had early stopping end it."""
         evaluates = self._evaluates(pl_module) and trainer.enable_validation and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if evaluates and self.metrics_at(trainer.global_step) is None:
+        if evaluates and self.result_at(trainer.global_step) is None:
             assert isinstance(pl_module, FineTuningModule)
-            folder = self._folder(trainer, epoch=trainer.current_epoch - 1)  # the next one is counted already
-            numbers = logged_numbers(self.evaluate(trainer, pl_module, folder))
+            place = folder(trainer, epoch=trainer.current_epoch - 1)  # the next one is counted already
+            numbers = self.evaluate(trainer, pl_module, place).logged()
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
 
@@ -185,95 +186,58 @@ class NemotronEvaluation(Callback):
         assert isinstance(pl_module, FineTuningModule)
         self._monitors.evaluated = False
         numbers: dict[str, float] = {}
-        if self._is_due(trainer):
-            metrics = self.evaluate(trainer, pl_module, self._folder(trainer, epoch=trainer.current_epoch))
-            self._monitors.evaluated = metrics["valid"]
-            numbers = logged_numbers(metrics)
+        if is_due(trainer, every_n_epochs=self.every_n_epochs):
+            result = self.evaluate(trainer, pl_module, folder(trainer, epoch=trainer.current_epoch))
+            self._monitors.evaluated = result.valid
+            numbers = result.logged()
             for name, value in numbers.items():
                 pl_module.log(name, value, rank_zero_only=False, batch_size=1)
         for name in self._monitors.names - set(numbers):  # a checkpoint callback expects a value at every validation
             pl_module.log(name, math.nan, rank_zero_only=False, batch_size=1)
 
-    def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> dict[str, Any]:
-        """Complete, score, and write ``metrics.json`` and ``pairs.jsonl``; the same metrics on every rank."""
-        shares = self._ranks.gather(lambda: self._share(trainer, module))
-        by_number = {number: pair for share in shares for number, pair in share.pairs.items()}
-        pairs = [by_number[number] for number in sorted(by_number)]
-        metrics = {
-            **evaluation_metrics(pairs),
-            "model": judged(trainer, module),
-            "model_digest": tensors_digest(module.model.state_dict().values()),
-            "reward_source": reward_name(self.reward),
-            "reference": self.reference_model or module.model_name,
-            "calls": calls_told(sum((share.calls for share in shares), Counter())),
-        }
-        failed, prompts = metrics["failed"], metrics["prompts"]
-        metrics["valid"] = failed <= self.max_failed_share * prompts and failed < prompts
+    def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> EvaluationResult:
+        """Evaluate the module's model and write ``metrics.json`` and ``pairs.jsonl``; the same result on every rank."""
+        bar = functools.partial(progress, trainer, "scores", unit="score")
+        with contextlib.closing(self._ranks.own(lambda: open_cache(trainer, self.cache_dir))) as cache:
+            found = evaluate(
+                self._prompts,
+                *self._ranks.own(lambda: self._completers(trainer, module, cache)),
+                scorer=Scorer(self.reward, cache, self._memory, bar),
+                ranks=self._ranks,
+                reward_source=reward_name(self.reward),
+                reference=self.reference_model or module.model_name,
+                model=judged(trainer, module),
+                model_digest=tensors_digest(module.model.state_dict().values()),
+                max_failed_share=self.max_failed_share,
+            )
+        self._ranks.gather(lambda: tell(trainer, found, directory) if trainer.is_global_zero else None)
+        self._last = trainer.global_step, found.result
+        return found.result
 
-        def tell() -> None:
-            if trainer.is_global_zero:
-                try:
-                    write(directory, metrics, pairs)
-                except OSError as error:
-                    told = f"{directory} has no files of this evaluation ({error.strerror}); make room there"
-                    if trainer.state.fn != "fit":
-                        raise ConfigurationError(told) from error
-                    rank_zero_warn(told)  # an epoch without its files must not end a training
-                report(metrics, list(dict.fromkeys(share.error for share in shares if share.error)))
-                log_pairs(trainer.loggers, pairs)
-
-        self._ranks.gather(tell)
-        self._last = trainer.global_step, metrics
-        return metrics
-
-    def metrics_at(self, step: int) -> dict[str, Any] | None:
-        """The metrics of the last evaluation, if it was of the model after so many steps."""
+    def result_at(self, step: int) -> EvaluationResult | None:
+        """The result of the last evaluation, if it was of the model after so many steps."""
         return self._last[1] if self._last is not None and self._last[0] == step else None
 
-    def _share(self, trainer: Trainer, module: FineTuningModule) -> "EvaluationShare":
-        """This process's pairs."""
-        mine = {n: self._prompts[n] for n in range(trainer.global_rank, len(self._prompts), trainer.world_size)}
-        prompts = {number: prompt.messages for number, prompt in mine.items()}
-        sources = remote_parts(self.reward)
-        before = sum((source.calls for source in sources), Counter())
+    def _completers(
+        self, trainer: Trainer, module: FineTuningModule, cache: EvaluationCache
+    ) -> tuple[Completer, Completer]:
+        """The policy's, and that of the reference: the named one, or the starting policy."""
         name = self.reference_model or module.model_name
-        reference_tokenizer = self._reference_tokenizer(module)
+        tokenizer = self._reference_tokenizer(module)
 
         def load_reference() -> PreTrainedModel:
-            model = load_causal_lm(name, reference_tokenizer, option="evaluation.reference_model").eval()
+            model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
             return model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type, no-any-return]
 
-        with contextlib.closing(self._open_cache(trainer)) as cache:
-            completer = Completer(trainer, self.decoding, self.batch_size, cache)
-            policy = completer(
-                lambda: module.model,
-                module.tokenizer,
-                prompts,
-                digest=weights_digest(module.model),
-                title="policy completions",
-            )
-            reference = completer(
-                load_reference,
-                reference_tokenizer,
-                prompts,
-                digest=directory_digest(name),
-                title="reference completions",
-            )
-            scorer, scores = self._scores(trainer, list(prompts.values()), policy, reference, cache)
-        pairs = {
-            number: Pair.of(prompt.messages, *sides, *both_scores, prompt_tokens=prompt.tokens, source=prompt.source)
-            for (number, prompt), sides, both_scores in zip(
-                mine.items(),
-                zip(policy, reference, strict=True),
-                zip(scores[::2], scores[1::2], strict=True),
-                strict=True,
-            )
-        }
-        requests = sum((source.calls for source in sources), Counter()) - before
-        calls = Counter(asked=scorer.asked, cached=scorer.cached) + requests
-        missing = any(pair.outcome == "failed" for pair in pairs.values())
-        error = scorer.error or (getattr(self.reward, "last_error", "") if missing else "")
-        return EvaluationShare(pairs, calls, error)
+        completer = functools.partial(
+            Completer, trainer, decoding=self.decoding, batch_size=self.batch_size, cache=cache
+        )
+        return (
+            completer(
+                lambda: module.model, module.tokenizer, digest=weights_digest(module.model), title="policy completions"
+            ),
+            completer(load_reference, tokenizer, digest=directory_digest(name), title="reference completions"),
+        )
 
     def _reference_tokenizer(self, module: FineTuningModule) -> PreTrainedTokenizerBase:
         """The named reference's own; the starting policy's is the policy's."""
@@ -283,64 +247,3 @@ class NemotronEvaluation(Callback):
 
     def _evaluates(self, module: LightningModule) -> bool:
         return self.num_prompts > 0 and isinstance(module, FineTuningModule) and module.can_generate
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether this is a validation on its own, the last of the run, or of an epoch that is to be evaluated."""
-        if trainer.state.fn != "fit" or ends_here(trainer):
-            return True
-        later_check = batches_left(trainer) >= (trainer.val_check_batch or 1) or ends_later_in_epoch(trainer)
-        return not later_check and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-
-    def _folder(self, trainer: Trainer, *, epoch: int) -> Path:
-        """``eval/epoch=N`` of a fit, ``eval/final`` of a model, ``eval/<name>`` of a checkpoint."""
-        name = f"epoch={epoch}" if trainer.state.fn == "fit" else "final"
-        if trainer.state.fn != "fit" and trainer.ckpt_path is not None:
-            name = Path(trainer.ckpt_path).stem
-        return Path(trainer.default_root_dir) / "eval" / name
-
-    def _preflight(self) -> None:
-        """Try the reward source and say how long an evaluation takes."""
-        if self.check_judge and is_model(self.reward):
-            judge_preflight(self.reward, option="evaluation.reward")
-        else:
-            preflight(self.reward, self._prompts[0].messages, option="evaluation.reward")
-        for source in remote_parts(self.reward):
-            rank_zero_info(time_plan(source, len(self._prompts)))
-
-    def _open_cache(self, trainer: Trainer) -> EvaluationCache:
-        """One file for the runs beside this one; one more for each further machine, as SQLite's locks end there."""
-        directory = Path(self.cache_dir) if self.cache_dir else Path(trainer.default_root_dir).parent / "cache"
-        machine = f"-{trainer.node_rank}" if trainer.node_rank else ""
-        return EvaluationCache(directory / f"evaluation{machine}.sqlite")
-
-    def _scores(
-        self,
-        trainer: Trainer,
-        prompts: Sequence[list[Message]],
-        policy: Sequence[Side],
-        reference: Sequence[Side],
-        cache: EvaluationCache,
-    ) -> tuple[Scorer, list[float]]:
-        """The scores pair by pair, policy first, so that what is scored before a limit is whole pairs."""
-        asked = [prompt for prompt in prompts for _ in range(2)]
-        completions = [side.completion for pair in zip(policy, reference, strict=True) for side in pair]
-        with progress(trainer, "scores", len(completions), "score") as bar:
-            scorer = Scorer(self.reward, cache, self._memory, bar.update)
-            return scorer, scorer(asked, completions)
-
-
-def judged(trainer: Trainer, module: FineTuningModule) -> str:
-    """What an evaluation is about: a model, it under a checkpoint, or what it has become in training."""
-    if trainer.state.fn == "fit":
-        return f"{module.model_name} after {trainer.global_step} steps of {module.method}"
-    return module.model_name if trainer.ckpt_path is None else f"{module.model_name} under {trainer.ckpt_path}"
-
-
-class EvaluationShare(NamedTuple):
-    """What one process has of an evaluation."""
-
-    pairs: dict[int, Pair]
-    """By the number of their prompt."""
-    calls: Counter[str]
-    error: str
-    """Why scores are missing, where some are."""

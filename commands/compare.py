@@ -84,7 +84,9 @@ def check_own(output: Path) -> None:
 def summary(runs: list[Run], matches: list[dict[str, Any]], answers: list[str], notes: list[str]) -> dict[str, Any]:
     """What ``summary.json`` holds."""
     evaluated = {
-        run.name: {"method": run.method, "from": run.headline_from, **run.headline} for run in runs if run.headline
+        run.name: {"method": run.method, "from": run.headline_from, **run.headline.record()}
+        for run in runs
+        if run.headline
     }
     content: dict[str, Any] = {"runs": evaluated, "pairwise": matches, "verdicts": answers, "notes": notes}
     return dict(without_nan(content))

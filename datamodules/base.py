@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from datamodules import chat, encoding
+from datamodules import chat, chat_template, encoding, messages
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
-from datamodules.chat import load_tokenizer, read_template, tail_ids
+from datamodules.chat import load_tokenizer, tail_ids
+from datamodules.chat_template import read_template
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
 from datamodules.source import load_rows
 from datamodules.token_budget import TokenBudgetSampler
@@ -216,7 +217,7 @@ class ChatDataModule(LightningDataModule):
 
 def code_digest() -> str:
     """Of the code that rows are encoded with."""
-    files = (Path(str(module.__file__)) for module in (chat, encoding))
+    files = (Path(str(module.__file__)) for module in (messages, chat_template, chat, encoding))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

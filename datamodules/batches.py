@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from datamodules.chat import Message
+from datamodules.messages import Message
 
 
 class TokenBatch(NamedTuple):

@@ -7,14 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
-from datamodules.chat import (
-    Message,
-    TemplateRefusalError,
-    encode_conversation,
-    flaw,
-    shortened,
-    without_special_tokens,
-)
+from datamodules.chat import encode_conversation
+from datamodules.chat_template import TemplateRefusalError, without_special_tokens
+from datamodules.messages import Message, flaw, shortened
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]

@@ -8,7 +8,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
-from datamodules.chat import Message, TemplateRefusalError, before_answer, encode_conversation, flaw
+from datamodules.chat import encode_conversation
+from datamodules.chat_template import TemplateRefusalError
+from datamodules.messages import Message, before_answer, flaw
 from datamodules.source import load_rows
 
 OPTION = "evaluation.dataset_name"

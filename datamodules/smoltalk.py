@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datamodules.base import ChatDataModule, Task
-from datamodules.chat import before_answer
+from datamodules.messages import before_answer
 
 
 def read_conversation(row: Mapping[str, Any]) -> Any:

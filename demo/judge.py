@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-from datamodules.chat import Message
+from datamodules.messages import Message
 from demo.tasks import right_answer
 
 WORST, BEST = -20.0, 5.0

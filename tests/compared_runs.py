@@ -1,5 +1,6 @@
 """Folders of runs for ``compare``, with evaluations against a reference that scores 0 everywhere."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import yaml
 
 from callbacks.evaluation.files import write
-from callbacks.evaluation.metrics import Pair, Side, evaluation_metrics
+from callbacks.evaluation.metrics import Pair, Side
 from callbacks.logging.metrics_file import MetricsFile
+from tests.evaluation_run import result_of
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -41,8 +43,9 @@ def make_run(
         )
         for i, (prompt, reward) in enumerate(zip(prompts, rewards, strict=True))
     ]
-    told = {**evaluation_metrics(pairs), "reward_source": judge, "reference": HOSTILE, "valid": True, **metrics}
-    write(directory / "eval" / folder, told, pairs)
+    result = result_of(pairs, reward_source=judge, reference=HOSTILE)
+    result = dataclasses.replace(result, **{"valid": True, **metrics})
+    write(directory / "eval" / folder, result, pairs)
     log = MetricsFile(directory)
     for step in (1, 2):
         log.log_metrics({"train/loss": 0.5 / step, f"train/{HOSTILE}": 1.0}, step=step)

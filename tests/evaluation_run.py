@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.evaluation.metrics import Pair, evaluation_result
+from callbacks.evaluation.result import EvaluationResult
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from datamodules import SmolTalkDataModule
 from lightning_modules import SFTModule
@@ -61,3 +63,8 @@ def evaluation(data: Path, reward: Any, **options: Any) -> NemotronEvaluation:
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     return json.loads((folder / "metrics.json").read_text()), pairs
+
+
+def result_of(pairs: Sequence[Pair], **about: Any) -> EvaluationResult:
+    """What an evaluation with these pairs finds."""
+    return evaluation_result(pairs, **{"reward_source": "judge", "reference": "base", **about})

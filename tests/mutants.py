@@ -69,10 +69,22 @@ PLANTED = [
         KEYS, 'return host == "localhost"', 'return host.startswith("localhost")', "tests/test_boundaries.py -k owner"
     ),
     Mutant(
-        EVALUATION,
-        "range(trainer.global_rank, len(self._prompts), trainer.world_size)",
-        "range(len(self._prompts))",
-        "tests/test_evaluation_trust.py -k rank",
+        "callbacks/evaluation/evaluate.py",
+        "range(ranks.rank, len(prompts), ranks.count)",
+        "range(len(prompts))",
+        "tests/test_evaluate.py -k process",
+    ),
+    Mutant(
+        "callbacks/evaluation/result.py",
+        "tells = self.valid or known.counts",
+        "tells = True",
+        "tests/test_evaluate.py -k valid",
+    ),
+    Mutant(
+        "callbacks/evaluation/evaluate.py",
+        "zip(scores[::2], scores[1::2], strict=True)",
+        "zip(scores[1::2], scores[::2], strict=True)",
+        "tests/test_evaluate.py -k side",
     ),
     Mutant(DPO, "-{self.trainer.precision}-", "-", "tests/test_reference_cache.py -k precision"),
     Mutant(
@@ -248,9 +260,9 @@ PLANTED = [
         "tests/test_nemotron.py -k too_large",
     ),
     Mutant(
-        EVALUATION,
-        "failed <= self.max_failed_share * prompts",
-        "failed < self.max_failed_share * prompts",
+        "callbacks/evaluation/metrics.py",
+        'count["failed"] <= max_failed_share',
+        'count["failed"] < max_failed_share',
         "tests/test_evaluation_trust.py -k share",
     ),
     Mutant(
@@ -410,7 +422,12 @@ OWN = [
         "if not file",
         "tests/test_foreign_models.py -k index",
     ),
-    Mutant(CHAT, "    if len(text) > LARGEST_RENDERED:", "    if False:", "tests/test_foreign_models.py -k huge"),
+    Mutant(
+        "datamodules/chat_template.py",
+        "    if len(text) > LARGEST_RENDERED:",
+        "    if False:",
+        "tests/test_foreign_models.py -k huge",
+    ),
     Mutant(
         "core/limits.py",
         "            left_s = before_s - (time.monotonic() - started)",
@@ -486,8 +503,8 @@ OWN = [
     ),
     Mutant(
         "commands/comparison/run_files.py",
-        "        if content and (lacking := flaw_of_metrics(content)):",
-        "        if False and (lacking := flaw_of_metrics(content)):",
+        "            if field.default is MISSING and",
+        "            if False and",
         "tests/test_broken_runs.py",
     ),
     Mutant("commands/compare.py", "    check_own(output)\n", "", "tests/test_broken_runs.py -k replaces"),

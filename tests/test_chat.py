@@ -8,16 +8,9 @@ from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
-from datamodules.chat import (
-    CHATML_TEMPLATE,
-    encode_conversation,
-    flaw,
-    load_tokenizer,
-    shortened,
-    stop_token_ids,
-    tail_ids,
-    turn_end,
-)
+from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids, tail_ids
+from datamodules.chat_template import CHATML_TEMPLATE, turn_end
+from datamodules.messages import flaw, shortened
 from lightning_modules.rewards.local import conversation_ids
 
 CONVERSATION = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from callbacks.evaluation.result import Calls
 from callbacks.logging.metrics_file import MetricsFile
 from commands import compare as command
 from commands.compare import compare
@@ -237,7 +238,7 @@ def test_what_has_no_value_is_a_dash_and_null(tmp_path: Path) -> None:
 
 def test_the_calls_that_failed_and_why_are_in_the_report(tmp_path: Path) -> None:
     calls = {"asked": 8, "cached": 3, "requests": 7, "failed_requests": 2, "reasons": {"429": 1, HOSTILE: 1}}
-    compare([make_run(tmp_path / "run", rewards=[1.0, -1.0], calls=calls)], tmp_path / "report")
+    compare([make_run(tmp_path / "run", rewards=[1.0, -1.0], calls=Calls(**calls))], tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     assert "429: 1, &lt;/script&gt;" in page
     assert '<td data-label="failed requests">2</td>' in page

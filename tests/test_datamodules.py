@@ -11,7 +11,9 @@ import torch
 from core.errors import ConfigurationError
 from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
-from datamodules.chat import CHATML_TEMPLATE, Message, encode_conversation, load_tokenizer, tail_ids
+from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
+from datamodules.chat_template import CHATML_TEMPLATE
+from datamodules.messages import Message
 from datamodules.prompts import load_prompts
 
 

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from callbacks.evaluation import completions as evaluation_completions
 from callbacks.evaluation.cache import EvaluationCache
 from callbacks.evaluation.completions import Decoding
-from callbacks.evaluation.metrics import Pair, Side, cannot_tell, evaluation_metrics
+from callbacks.evaluation.metrics import Pair, Side, cannot_tell
 from core.errors import ConfigurationError
-from datamodules.chat import Message, load_tokenizer
+from datamodules.chat import load_tokenizer
+from datamodules.messages import Message
 from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.models.identity import weights_digest
 from lightning_modules.rewards import WeightedReward
@@ -22,7 +23,7 @@ from lightning_modules.rewards.base import reward_identity
 from lightning_modules.rewards.keys import keeps_a_secret
 from lightning_modules.rewards.nemotron import NemotronReward
 from lightning_modules.rewards.rules import Mentions, brevity
-from tests.evaluation_run import evaluation, read, run
+from tests.evaluation_run import evaluation, read, result_of, run
 
 PROMPT: list[Message] = [{"role": "user", "content": "q"}]
 
@@ -41,33 +42,33 @@ def test_metrics_by_hand() -> None:
         pair(math.nan, -9.0, (100, 1)),
         pair(7.0, math.nan, (100, 1)),
     ]
-    metrics = evaluation_metrics(pairs)
+    metrics = result_of(pairs)
     assert [p.outcome for p in pairs] == ["win", "win", "tie", "loss", "failed", "failed"]
-    assert metrics["win_rate"] == 2.5 / 4
-    assert metrics["average_reward"] == pytest.approx((-1 + 2 + 0.5 - 5) / 4)
-    assert metrics["average_reference_reward"] == pytest.approx((-3 + 1 + 0.5 + 0) / 4)
-    assert metrics["reward_improvement"] == pytest.approx((2 + 1 + 0 - 5) / 4)
-    assert metrics["length_ratio"] == pytest.approx((6 + 2 + 4 + 8) / (4 * 4))
-    counted = {name: metrics[name] for name in ("wins", "ties", "losses", "failed", "prompts")}
+    assert metrics.win_rate == 2.5 / 4
+    assert metrics.average_reward == pytest.approx((-1 + 2 + 0.5 - 5) / 4)
+    assert metrics.average_reference_reward == pytest.approx((-3 + 1 + 0.5 + 0) / 4)
+    assert metrics.reward_improvement == pytest.approx((2 + 1 + 0 - 5) / 4)
+    assert metrics.length_ratio == pytest.approx((6 + 2 + 4 + 8) / (4 * 4))
+    counted = {name: getattr(metrics, name) for name in ("wins", "ties", "losses", "failed", "prompts")}
     assert counted == {"wins": 2, "ties": 1, "losses": 1, "failed": 2, "prompts": 6}
-    low, high = metrics["win_rate_ci"]
+    low, high = metrics.win_rate_ci
     assert 0 < low < 2.5 / 4 < high < 1
-    low, high = metrics["reward_improvement_ci"]
-    assert low < metrics["reward_improvement"] < high
+    low, high = metrics.reward_improvement_ci
+    assert low < metrics.reward_improvement < high
 
 
 def test_the_further_statistics_by_hand() -> None:
     """Three wins and a loss; differences 3 2 1 -1 of the rewards and 6 4 2 1 of the lengths go exactly together."""
     rewards, lengths = (3.0, 2.0, 1.0, -1.0), (10, 8, 6, 5)
     pairs = [pair(reward, 0.0, (tokens, 4)) for reward, tokens in zip(rewards, lengths, strict=True)]
-    metrics = evaluation_metrics([*pairs, pair(math.nan, 0.0)])
-    assert metrics["sign_test_p"] == pytest.approx(2 * 5 / 16)
-    assert metrics["reward_length_correlation"] == pytest.approx(1.0)
-    assert metrics["prompts_needed"] == pytest.approx(prompts_needed(0.75))
+    metrics = result_of([*pairs, pair(math.nan, 0.0)])
+    assert metrics.sign_test_p == pytest.approx(2 * 5 / 16)
+    assert metrics.reward_length_correlation == pytest.approx(1.0)
+    assert metrics.prompts_needed == pytest.approx(prompts_needed(0.75))
     assert cannot_tell(metrics).startswith("4 prompts cannot tell a win rate of 75.0 % from 50 %; that takes about ")
-    certain = evaluation_metrics([pair(1.0, 0.0)] * 20)
+    certain = result_of([pair(1.0, 0.0)] * 20)
     assert cannot_tell(certain) == ""
-    assert cannot_tell(evaluation_metrics([pair(0.0, 0.0)] * 3)).endswith("from 50 %")
+    assert cannot_tell(result_of([pair(0.0, 0.0)] * 3)).endswith("from 50 %")
 
 
 def test_win_rates_by_source_leave_failed_pairs_out_and_name_what_has_no_source() -> None:
@@ -77,19 +78,19 @@ def test_win_rates_by_source_leave_failed_pairs_out_and_name_what_has_no_source(
         pair(math.nan, 1.0)._replace(source="maths"),
         pair(1.0, 0.0),
     ]
-    groups = evaluation_metrics(pairs)["win_rate_by_source"]
-    assert [(group["label"], group["prompts"], group["win_rate"]) for group in groups] == [
+    groups = result_of(pairs).win_rate_by_source
+    assert [(group.label, group.prompts, group.win_rate) for group in groups] == [
         ("maths", 2, 0.5),
         ("unknown", 1, 1.0),
     ]
-    assert evaluation_metrics([pair(1.0, 0.0)])["win_rate_by_source"] == []
+    assert result_of([pair(1.0, 0.0)]).win_rate_by_source == []
 
 
 def test_an_evaluation_without_a_score_has_no_numbers() -> None:
-    metrics = evaluation_metrics([pair(math.nan, 1.0)])
-    assert math.isnan(metrics["win_rate"])
-    assert math.isnan(metrics["average_reward"])
-    assert (metrics["failed"], metrics["wins"]) == (1, 0)
+    metrics = result_of([pair(math.nan, 1.0)])
+    assert math.isnan(metrics.win_rate)
+    assert math.isnan(metrics.average_reward)
+    assert (metrics.failed, metrics.wins) == (1, 0)
     assert pair(math.nan, 1.0).record()["reward"] is None
 
 
@@ -204,7 +205,7 @@ def test_parts_of_a_sum_that_have_no_identity_keep_their_scores_apart(
 def test_outcomes_are_decided_as_finely_as_scores_are_written() -> None:
     close = pair(-25.6250001, -25.625)
     assert close.outcome == "loss"
-    assert evaluation_metrics([close])["win_rate"] == 0.0
+    assert result_of([close]).win_rate == 0.0
 
 
 @pytest.mark.filterwarnings("ignore")

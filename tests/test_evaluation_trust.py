@@ -23,7 +23,7 @@ from callbacks.evaluation import completions as evaluation_completions
 from callbacks.evaluation import metrics as evaluation_metrics
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from core.errors import ConfigurationError
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules.functional.length_control import LengthControlled
 from lightning_modules.functional.statistics import Interval
 from lightning_modules.rewards import NemotronReward
@@ -107,7 +107,6 @@ def test_a_hostile_server_changes_no_score_and_loses_none_in_silence(
 
 def run_on_model(judged: NemotronEvaluation, model_dir: Path, root: Path) -> None:
     """Validate a model on the evaluation's prompts alone."""
-    from lightning.pytorch import Trainer
     from torch.utils.data import DataLoader
 
     from lightning_modules import EvaluationModule
@@ -430,27 +429,6 @@ def test_under_another_precision_both_sides_are_completed_anew(
         run(talks, tiny_model_dir, judged, root=tmp_path / precision, fit=False, precision=precision)
         counts.append(sum(sampled))
     assert counts == [10, 20, 20]
-
-
-def test_a_rank_completes_and_asks_about_its_own_prompts_alone(
-    talks: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged = evaluation(talks, brevity, reference_model=str(tiny_model_dir), num_prompts=5)
-    shares = []
-    share = judged._share
-
-    def both(trainer: Trainer, module: Any) -> Any:
-        for rank in range(2):
-            with monkeypatch.context() as patch:
-                patch.setattr(Trainer, "global_rank", rank)
-                patch.setattr(Trainer, "world_size", 2)
-                shares.append(share(trainer, module))
-        return share(trainer, module)
-
-    monkeypatch.setattr(judged, "_share", both)
-    run(talks, tiny_model_dir, judged, root=tmp_path / "run", fit=False)
-    assert [sorted(found.pairs) for found in shares] == [[0, 2, 4], [1, 3]]
-    assert [found.calls["asked"] + found.calls["cached"] for found in shares] == [3, 2]  # both sides say the same
 
 
 def test_a_share_of_failures_at_the_limit_is_valid_and_one_beyond_is_not(

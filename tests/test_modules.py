@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from core.errors import ConfigurationError
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
 from lightning_modules.models.loading import load_causal_lm
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
 from core.errors import ConfigurationError
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules import RLOOModule
 from lightning_modules.rewards import NemotronReward, WeightedReward, asking, nemotron, rate_limit, replies
 from lightning_modules.rewards.budget import Budget

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from callbacks.evaluation.result import Calls
 from commands.compare import compare
 from tests.compared_runs import HOSTILE, make_run
 
@@ -118,9 +119,9 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.skip("no chromium on this machine")
     folder = tmp_path_factory.mktemp("report")
     calls = {"asked": 9, "cached": 0, "requests": 9, "failed_requests": 1, "reasons": {HOSTILE * 3: 1}}
-    first = make_run(folder / "a<b>", rewards=[1.0, 1.0, 1.0, 9.0, 1.0] + [0.0] * 95, calls=calls)
+    first = make_run(folder / "a<b>", rewards=[1.0, 1.0, 1.0, 9.0, 1.0] + [0.0] * 95, calls=Calls(**calls))
     make_run(first, rewards=[1.0, 0.0], folder="epoch=0")
-    second = make_run(folder / "b", rewards=[3.0, -2.0, math.nan, 5.0, -1.0] + [0.0] * 95, calls=calls)
+    second = make_run(folder / "b", rewards=[3.0, -2.0, math.nan, 5.0, -1.0] + [0.0] * 95, calls=Calls(**calls))
     compare([first, second], folder / "report", wandb_mode="disabled")
     return {"frame": request.param, **acted(folder / "report" / "report.html", width=request.param)}
 

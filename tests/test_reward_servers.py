@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.secrets import redact
-from datamodules.chat import CHATML_TEMPLATE
+from datamodules.chat_template import CHATML_TEMPLATE
 from lightning_modules.rewards import CausalModelReward, SGLangReward, VLLMReward
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.keys import NVIDIA_KEY, OWN_KEY

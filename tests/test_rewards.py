@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from callbacks import NemotronEvaluation
 from core.errors import ConfigurationError
-from datamodules.chat import Message, load_tokenizer
+from datamodules.chat import load_tokenizer
+from datamodules.messages import Message
 from demo.judge import BEST, WORST, judge
 from demo.tasks import KINDS, OPPOSITES, Kind, draw_exercise, right_answer, wrong_answer
 from lightning_modules import SFTModule

@@ -15,7 +15,7 @@ import pytest
 import requests
 import uvicorn
 
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules.rewards import NemotronReward, Reward, server
 from lightning_modules.rewards.rules import Mentions, brevity
 from lightning_modules.rewards.server import create_app, serve

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning.pytorch import Trainer
+
 from core.errors import ConfigurationError
 from core.files import OWN
 
@@ -153,6 +155,21 @@ def opened(path: Path) -> sqlite3.Connection:
             raise DamagedError(str(error)) from error
         raise
     return file
+
+
+def open_cache(trainer: Trainer, directory: str | None) -> EvaluationCache:
+    """One file for the runs beside this one; one more for each further machine, as SQLite's locks end there.
+
+    Args:
+        trainer: The run.
+        directory: Where it is; ``cache`` beside the run's folder where None.
+
+    Raises:
+        ConfigurationError: If the file cannot be written, or is a link.
+    """
+    place = Path(directory) if directory else Path(trainer.default_root_dir).parent / "cache"
+    machine = f"-{trainer.node_rank}" if trainer.node_rank else ""
+    return EvaluationCache(place / f"evaluation{machine}.sqlite")
 
 
 class ScoreMemory:

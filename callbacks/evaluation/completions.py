@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.evaluation.cache import EvaluationCache, cache_key
 from callbacks.evaluation.metrics import Side
-from datamodules.chat import Message, encode_conversation, stop_token_ids
+from datamodules.chat import encode_conversation, stop_token_ids
+from datamodules.messages import Message
 from lightning_modules.generation.sampler import Samples, sample_completions
 
 
@@ -27,65 +28,66 @@ class Decoding(NamedTuple):
 
 
 class Completer:
-    """Completes prompts in a run, under its precision.
+    """Completes prompts with one model, under a run's precision.
 
     Args:
         trainer: The run.
+        load: Gives the model; not called where all completions are kept.
+        tokenizer: The model's.
+        digest: Of the model's content.
+        title: Of the progress bar.
         decoding: How to sample.
         batch_size: Prompts completed at once.
         cache: Where completions are kept.
     """
 
-    def __init__(self, trainer: Trainer, decoding: Decoding, batch_size: int, cache: EvaluationCache) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        load: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        digest: str,
+        title: str,
+        decoding: Decoding,
+        batch_size: int,
+        cache: EvaluationCache,
+    ) -> None:
         self.trainer = trainer
+        self.model = functools.cache(load)
+        self.tokenizer = tokenizer
+        self.digest = digest
+        self.title = title
         self.decoding = decoding
         self.batch_size = batch_size
         self.cache = cache
 
-    def __call__(
-        self,
-        load: Callable[[], PreTrainedModel],
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: dict[int, list[Message]],
-        *,
-        digest: str,
-        title: str,
-    ) -> list[Side]:
-        """A completion for each prompt.
-
-        Args:
-            load: Gives the model; not called where all completions are kept.
-            tokenizer: The model's.
-            prompts: By their number in the evaluation.
-            digest: Of the model's content.
-            title: Of the progress bar.
-        """
-        loaded = functools.cache(load)
-
-        def sample(prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
-            model = loaded()
-            with self.trainer.precision_plugin.forward_context():
-                return sample_completions(  # type: ignore[no-any-return]
-                    model,
-                    prompt_ids,
-                    max_completion_length=self.decoding.max_completion_length,
-                    stop_token_ids=stop_token_ids(tokenizer),
-                    seeds=seeds,
-                    temperature=self.decoding.temperature,
-                    top_p=self.decoding.top_p,
-                )
-
+    def __call__(self, prompts: Mapping[int, list[Message]]) -> list[Side]:
+        """A completion for each prompt, given by its number in the evaluation."""
         arithmetic = f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
-        with progress(self.trainer, title, len(prompts), "prompt") as bar:
+        with progress(self.trainer, self.title, len(prompts), "prompt") as bar:
             return complete(
-                sample,
-                tokenizer,
+                self._sample,
+                self.tokenizer,
                 prompts,
-                model_digest=f"{digest} {arithmetic}",
+                model_digest=f"{self.digest} {arithmetic}",
                 decoding=self.decoding,
                 batch_size=self.batch_size,
                 cache=self.cache,
                 on_completion=bar.update,
+            )
+
+    def _sample(self, prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
+        model = self.model()
+        with self.trainer.precision_plugin.forward_context():
+            return sample_completions(  # type: ignore[no-any-return]
+                model,
+                prompt_ids,
+                max_completion_length=self.decoding.max_completion_length,
+                stop_token_ids=stop_token_ids(self.tokenizer),
+                seeds=seeds,
+                temperature=self.decoding.temperature,
+                top_p=self.decoding.top_p,
             )
 
 
@@ -97,7 +99,7 @@ def progress(trainer: Trainer, title: str, total: int, unit: str) -> Any:
 def complete(
     sample: Callable[[list[Tensor], list[int]], Samples],
     tokenizer: PreTrainedTokenizerBase,
-    prompts: dict[int, list[Message]],
+    prompts: Mapping[int, list[Message]],
     *,
     model_digest: str,
     decoding: Decoding,

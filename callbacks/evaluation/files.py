@@ -3,15 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from callbacks.evaluation.metrics import Pair
-from core.files import OWN, without_nan, write_whole
+from callbacks.evaluation.result import EvaluationResult
+from core.files import OWN, write_whole
 
 
-def write(directory: Path, metrics: dict[str, Any], pairs: Sequence[Pair]) -> None:
+def write(directory: Path, result: EvaluationResult, pairs: Sequence[Pair]) -> None:
     """``metrics.json`` and ``pairs.jsonl``; what has no value is null."""
     lines = [json.dumps(pair.record(), ensure_ascii=False, allow_nan=False) + "\n" for pair in pairs]
     write_whole(directory / "pairs.jsonl", "".join(lines), mode=OWN)
-    text = json.dumps(without_nan(metrics), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(result.record(), indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(directory / "metrics.json", text + "\n")

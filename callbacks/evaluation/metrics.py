@@ -1,12 +1,13 @@
 """From scored pairs to the numbers of an evaluation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from datamodules.chat import Message
+from callbacks.evaluation.result import Calls, EvaluationResult, Group
+from datamodules.messages import Message
 from lightning_modules.functional.length_control import length_controlled_win_rate
 from lightning_modules.functional.statistics import (
     mean_interval,
@@ -77,10 +78,26 @@ class Pair(NamedTuple):
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields}
 
 
-def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The metrics of the pairs; failed ones are counted and in no average.
+def evaluation_result(
+    pairs: Sequence[Pair],
+    *,
+    reward_source: str,
+    reference: str,
+    model: str | None = None,
+    model_digest: str | None = None,
+    calls: Calls | None = None,
+    max_failed_share: float = 0.1,
+) -> EvaluationResult:
+    """The figures of the pairs; failed ones are counted and in no average.
 
-    ``length_controlled_win_rate`` is NaN where the data do not tell it, and ``length_controlled_note`` says why.
+    Args:
+        pairs: In the order of their prompts.
+        reward_source: Who judged.
+        reference: The model compared with.
+        model: The model evaluated, in words.
+        model_digest: Of its weights.
+        calls: What became of the requests.
+        max_failed_share: Beyond this share of failed pairs the evaluation is not valid.
     """
     scored = [pair for pair in pairs if pair.outcome != "failed"]
     count = {name: sum(pair.outcome == name for pair in pairs) for name in ("win", "tie", "loss", "failed")}
@@ -90,43 +107,44 @@ def evaluation_metrics(pairs: Sequence[Pair]) -> dict[str, Any]:
     reference_lengths = torch.tensor([pair.reference_tokens for pair in scored], dtype=torch.float64)
     improvements, longer = rewards - reference_rewards, lengths - reference_lengths
     at_equal_length = length_controlled_win_rate(outcomes(rewards, reference_rewards), longer)
-    return {
-        **win_rate(scored),
-        "average_reward": rewards.mean().item(),
-        "average_reference_reward": reference_rewards.mean().item(),
-        "reward_improvement": improvements.mean().item(),
-        "reward_improvement_ci": list(mean_interval(improvements)),
-        "length_ratio": (lengths.mean() / reference_lengths.mean()).item(),
-        "length_controlled_win_rate": at_equal_length.rate,
-        "length_controlled_win_rate_ci": list(at_equal_length.interval),
-        "length_controlled_note": at_equal_length.reason or None,
-        "wins": count["win"],
-        "ties": count["tie"],
-        "losses": count["loss"],
-        "failed": count["failed"],
-        "prompts": len(pairs),
-        "sign_test_p": sign_test(count["win"], count["loss"]) if scored else math.nan,
-        "reward_length_correlation": rank_correlation(improvements, longer),
-        "prompts_needed": prompts_needed(win_rate(scored)["win_rate"], tie_share=count["tie"] / max(1, len(scored))),
-        "win_rate_by_prompt_length": by_prompt_length(pairs),
-        "win_rate_by_source": by_source(pairs),
-    }
+    rate = win_rate(count["win"], count["tie"], count["loss"])
+    return EvaluationResult(
+        win_rate=rate,
+        win_rate_ci=win_rate_interval(count["win"], count["tie"], count["loss"]),
+        sign_test_p=sign_test(count["win"], count["loss"]) if scored else math.nan,
+        length_controlled_win_rate=at_equal_length.rate,
+        length_controlled_win_rate_ci=at_equal_length.interval,
+        length_controlled_note=at_equal_length.reason or None,
+        average_reward=rewards.mean().item(),
+        average_reference_reward=reference_rewards.mean().item(),
+        reward_improvement=improvements.mean().item(),
+        reward_improvement_ci=mean_interval(improvements),
+        length_ratio=(lengths.mean() / reference_lengths.mean()).item(),
+        reward_length_correlation=rank_correlation(improvements, longer),
+        wins=count["win"],
+        ties=count["tie"],
+        losses=count["loss"],
+        failed=count["failed"],
+        prompts=len(pairs),
+        prompts_needed=prompts_needed(rate, tie_share=count["tie"] / max(1, len(scored))),
+        win_rate_by_prompt_length=by_prompt_length(pairs),
+        win_rate_by_source=by_source(pairs),
+        valid=count["failed"] <= max_failed_share * len(pairs) and count["failed"] < len(pairs),
+        model=model,
+        model_digest=model_digest,
+        reward_source=reward_source,
+        reference=reference,
+        calls=calls,
+    )
 
 
-def win_rate(scored: Sequence[Pair]) -> dict[str, Any]:
-    """``win_rate`` and ``win_rate_ci`` of pairs that have an outcome."""
-    wins, ties, losses = (sum(pair.outcome == name for pair in scored) for name in ("win", "tie", "loss"))
-    return win_rate_of(wins, ties, losses)
-
-
-def win_rate_of(wins: int, ties: int, losses: int) -> dict[str, Any]:
-    """``win_rate``, ties counted half, and its 95 % interval ``win_rate_ci``; NaN of no pairs."""
+def win_rate(wins: int, ties: int, losses: int) -> float:
+    """The share of wins, ties counted half; NaN of no pairs."""
     count = wins + ties + losses
-    rate = (wins + ties / 2) / count if count else math.nan
-    return {"win_rate": rate, "win_rate_ci": list(win_rate_interval(wins, ties, losses))}
+    return (wins + ties / 2) / count if count else math.nan
 
 
-def by_prompt_length(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def by_prompt_length(pairs: Sequence[Pair]) -> list[Group]:
     """The win rate in each quartile of the prompt's length, or in fewer parts where there are few or equal ones.
 
     The bounds come from all pairs, failed ones too, so runs on the same prompts have the same parts.
@@ -144,7 +162,7 @@ def by_prompt_length(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return _shares(groups)
 
 
-def by_source(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def by_source(pairs: Sequence[Pair]) -> list[Group]:
     """The win rate for each source of prompts, the most frequent first; nothing where no source is known."""
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -153,27 +171,26 @@ def by_source(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     return _shares(dict(sorted(groups.items(), key=lambda group: -len(group[1])))) if known else []
 
 
-def _shares(groups: dict[str, list[Pair]]) -> list[dict[str, Any]]:
-    scored = {label: [pair for pair in pairs if pair.outcome != "failed"] for label, pairs in groups.items()}
-    return [{"label": label, "prompts": len(pairs), **win_rate(pairs)} for label, pairs in scored.items()]
+def _shares(groups: dict[str, list[Pair]]) -> list[Group]:
+    counts = {
+        label: [sum(pair.outcome == name for pair in pairs) for name in ("win", "tie", "loss")]
+        for label, pairs in groups.items()
+    }
+    return [
+        Group(label, sum(scored), win_rate(*scored), win_rate_interval(*scored)) for label, scored in counts.items()
+    ]
 
 
-def cannot_tell(metrics: Mapping[str, Any]) -> str:
-    """What to say where the interval of the win rate contains 50 %; nothing where the prompts tell.
-
-    Args:
-        metrics: As ``evaluation_metrics`` gives them, or as read from ``metrics.json`` with null for NaN.
-    """
-    rate, (low, high) = metrics["win_rate"], metrics["win_rate_ci"]
-    if rate is None or math.isnan(rate) or not low <= 0.5 <= high:
+def cannot_tell(result: EvaluationResult) -> str:
+    """What to say where the interval of the win rate contains 50 %; nothing where the prompts tell."""
+    low, high = result.win_rate_ci
+    if math.isnan(result.win_rate) or not low <= 0.5 <= high:
         return ""
-    count = metrics["wins"] + metrics["ties"] + metrics["losses"]
-    prompts = "1 prompt" if count == 1 else f"{count:,} prompts"
-    needed = metrics.get("prompts_needed")
-    if needed is None or math.isnan(needed):
+    prompts = "1 prompt" if result.scored == 1 else f"{result.scored:,} prompts"
+    if result.prompts_needed is None:
         return f"{prompts} show no difference from 50 %"
-    takes = f"{two_digits(int(needed)):,}"
-    return f"{prompts} cannot tell a win rate of {100 * rate:.1f} % from 50 %; that takes about {takes}"
+    takes = f"{two_digits(result.prompts_needed):,}"
+    return f"{prompts} cannot tell a win rate of {100 * result.win_rate:.1f} % from 50 %; that takes about {takes}"
 
 
 def two_digits(count: int) -> int:

@@ -1,19 +1,14 @@
 """Fits the callbacks that monitor the evaluation, best checkpoint and early stopping, to epochs that have none."""
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from callbacks.evaluation.result import FIGURES, LOGGED
 from core.errors import ConfigurationError
 
-HIGHER_IS_BETTER = {
-    "eval/win_rate",
-    "eval/length_controlled_win_rate",
-    "eval/reward_improvement",
-    "eval/average_reward",
-}
 HOOKS = ("on_validation_end", "on_train_epoch_end")
 
 
@@ -23,12 +18,9 @@ class Monitors:
     A checkpoint callback is given NaN where an epoch was not evaluated, which it ranks below any number. Early
     stopping would stop at a NaN, or count it as an epoch without improvement, so it is not asked at all.
 
-    Args:
-        known: The names that an evaluation logs.
     """
 
-    def __init__(self, known: Set[str]) -> None:
-        self.known = known
+    def __init__(self) -> None:
         self.names: set[str] = set()
         self._watched: list[EarlyStopping] = []
         self.evaluated = False
@@ -48,11 +40,10 @@ class Monitors:
                 continue
             if not evaluates:
                 raise ConfigurationError(f"{monitor} is monitored but never evaluated; raise evaluation.num_prompts")
-            if monitor not in self.known:
-                raise ConfigurationError(
-                    f"no evaluation logs {monitor}; monitor one of {', '.join(sorted(self.known))}"
-                )
-            if monitor in HIGHER_IS_BETTER and callback.mode != "max":
+            if monitor not in LOGGED:
+                raise ConfigurationError(f"no evaluation logs {monitor}; monitor one of {', '.join(sorted(LOGGED))}")
+            figure = FIGURES.get(monitor.removeprefix("eval/"))
+            if figure is not None and figure.higher_is_better and callback.mode != "max":
                 raise ConfigurationError(
                     f"{monitor} is better when it is higher; set the mode of {type(callback).__name__} to max "
                     "(--checkpoint.mode max)"

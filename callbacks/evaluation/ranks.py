@@ -20,8 +20,10 @@ class Ranks(Generic[Share]):
     """
 
     def __init__(self, patience_s: float) -> None:
+        self.rank, self.count = 0, 1
         self._group: Any = None
         if dist.is_available() and dist.is_initialized():
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience_s))
 
     def gather(self, work: Callable[[], Share]) -> list[Share]:
@@ -38,7 +40,7 @@ class Ranks(Generic[Share]):
         told = None if error is None else f"{type(error).__name__}: {error}"
         parts: list[Any] = [(share, told)]
         if self._group is not None:
-            parts = [None] * dist.get_world_size()
+            parts = [None] * self.count
             dist.all_gather_object(parts, (share, told), group=self._group)
         if error is not None:
             raise error
@@ -46,3 +48,9 @@ class Ranks(Generic[Share]):
             if failure is not None:
                 raise RuntimeError(f"process {rank} failed: {failure}")
         return [part for part, _ in parts]
+
+    def own(self, work: Callable[[], Share]) -> Share:
+        """What the work gives on this process, once it has succeeded on every one; raises as :meth:`gather` does."""
+        made: list[Share] = []
+        self.gather(lambda: made.append(work()))  # type: ignore[arg-type, func-returns-value, return-value]
+        return made[0]

@@ -1,40 +1,59 @@
-"""What an evaluation tells: lines for people, numbers and a table for loggers."""
+"""What an evaluation tells: lines for people, and a table for loggers."""
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.evaluation.metrics import Pair, cannot_tell, evaluation_metrics
+from callbacks.evaluation.evaluate import Evaluation
+from callbacks.evaluation.files import write
+from callbacks.evaluation.metrics import Pair, cannot_tell
+from callbacks.evaluation.result import EvaluationResult
 from callbacks.logging.metrics_file import MetricsFile
+from core.errors import ConfigurationError
 
-COUNTS = {"wins", "ties", "losses", "failed", "prompts", "valid"}
+
+def tell(trainer: Trainer, found: Evaluation, directory: Path) -> None:
+    """Write the files of an evaluation, print its headline and log its pairs.
+
+    Raises:
+        ConfigurationError: If the files cannot be written outside a training; within one that is a warning.
+    """
+    try:
+        write(directory, found.result, found.pairs)
+    except OSError as error:
+        told = f"{directory} has no files of this evaluation ({error.strerror}); make room there"
+        if trainer.state.fn != "fit":
+            raise ConfigurationError(told) from error
+        rank_zero_warn(told)  # an epoch without its files must not end a training
+    report(found.result, found.reasons)
+    log_pairs(trainer.loggers, found.pairs)
 
 
-def report(metrics: dict[str, Any], reasons: Sequence[str]) -> None:
+def report(result: EvaluationResult, reasons: Sequence[str]) -> None:
     """Print the headline, and what is wrong with it.
 
     Args:
-        metrics: Of ``metrics.json``.
+        result: Of the evaluation.
         reasons: Why scores are missing, where some are.
     """
-    low, high = metrics["win_rate_ci"]
+    low, high = result.win_rate_ci
     rank_zero_info(
-        f"evaluation on {metrics['prompts']} prompts: win rate {shown(metrics['win_rate'])} "
-        f"[{shown(low)}, {shown(high)}], {metrics['wins']} wins, {metrics['ties']} ties, "
-        f"{metrics['losses']} losses, {metrics['failed']} failed; "
-        f"reward {shown(metrics['average_reward'])} against {shown(metrics['average_reference_reward'])}, "
-        f"length ratio {shown(metrics['length_ratio'])}"
+        f"evaluation on {result.prompts} prompts: win rate {shown(result.win_rate)} "
+        f"[{shown(low)}, {shown(high)}], {result.wins} wins, {result.ties} ties, "
+        f"{result.losses} losses, {result.failed} failed; "
+        f"reward {shown(result.average_reward)} against {shown(result.average_reference_reward)}, "
+        f"length ratio {shown(result.length_ratio)}"
     )
-    if unsure := cannot_tell(metrics):
+    if unsure := cannot_tell(result):
         rank_zero_info(unsure)
-    if not metrics["valid"]:
+    if not result.valid:
         rank_zero_warn(
-            f"the evaluation is not valid: {metrics['failed']} of {metrics['prompts']} pairs have no score "
+            f"the evaluation is not valid: {result.failed} of {result.prompts} pairs have no score "
             f"({'; '.join(reasons) or 'the reward source gave none'}); what is scored is kept, so another one goes on "
             "from there"
         )
@@ -47,32 +66,6 @@ def log_pairs(loggers: Sequence[Logger], pairs: Sequence[Pair]) -> None:
     for logger in loggers:
         if hasattr(logger, "log_table") and not isinstance(logger, MetricsFile):
             logger.log_table("eval/pairs", columns=columns, data=rows)
-
-
-def logged_numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics under ``eval/``; of an evaluation that is not valid the counts alone, and NaN for the rest."""
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-    for name in ("win_rate", "length_controlled_win_rate", "reward_improvement"):
-        numbers[f"{name}_low"], numbers[f"{name}_high"] = metrics[f"{name}_ci"]
-    if not metrics["valid"]:
-        numbers = {name: value if name in COUNTS else math.nan for name, value in numbers.items()}
-    return {f"eval/{name}": value for name, value in numbers.items()}
-
-
-def logged_names() -> set[str]:
-    """The names of all that an evaluation logs."""
-    return set(logged_numbers({**evaluation_metrics([]), "valid": False}))
-
-
-def calls_told(calls: Counter[str]) -> dict[str, Any]:
-    """How many conversations were asked about or known, and what became of the requests."""
-    counted = ("asked", "cached", "requests")
-    reasons = {name: count for name, count in sorted(calls.items()) if name not in counted}
-    return {
-        **{name: calls[name] for name in counted},
-        "failed_requests": sum(reasons.values()),
-        "reasons": reasons,
-    }
 
 
 def shown(value: float) -> str:

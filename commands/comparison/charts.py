@@ -5,6 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from callbacks.evaluation.result import EvaluationResult
 from commands.comparison.run_files import is_number
 from commands.comparison.runs import Run
 
@@ -43,10 +44,10 @@ def win_rate_chart(runs: list[Run]) -> go.Figure | None:
     """Win rates with their intervals, of the runs that have one."""
     figure = go.Figure()
     for name, colour in colours(runs).items():
-        metrics = next(run.headline for run in runs if run.name == name)
-        if is_number(metrics.get("win_rate")):
+        result = next(run.result for run in runs if run.name == name)
+        if is_number(result.win_rate):
             figure.add_scatter(
-                x=[plain(name)], y=[100 * metrics["win_rate"]], error_y=error_bars([metrics], colour), mode="markers"
+                x=[plain(name)], y=[100 * result.win_rate], error_y=error_bars([result], colour), mode="markers"
             )
             figure.data[-1].update(name=plain(name), marker={"color": colour, "size": 12}, hovertemplate="%{y:.1f} %")
     if not figure.data:
@@ -59,17 +60,17 @@ def epoch_chart(runs: list[Run]) -> go.Figure | None:
     """The win rate after each epoch of training, with intervals; hollow where the evaluation is not valid."""
     figure = go.Figure()
     for place, (run, colour) in enumerate(zip(runs, colours(runs).values(), strict=True)):
-        found = {epoch: metrics for epoch, metrics in sorted(run.epochs.items()) if is_number(metrics["win_rate"])}
+        found = {epoch: result for epoch, result in sorted(run.epochs.items()) if is_number(result.win_rate)}
         if found:
             beside = 0.07 * (place - (len(runs) - 1) / 2)  # so that intervals do not lie on each other
             figure.add_scatter(
                 x=[epoch + 1 + beside for epoch in found],
-                y=[100 * metrics["win_rate"] for metrics in found.values()],
+                y=[100 * result.win_rate for result in found.values()],
                 error_y=error_bars(list(found.values()), colour),
                 name=plain(run.name),
                 mode="lines+markers",
                 line_color=colour,
-                marker_symbol=["circle" if m.get("valid", True) else "circle-open" for m in found.values()],
+                marker_symbol=["circle" if result.valid else "circle-open" for result in found.values()],
                 customdata=[epoch + 1 for epoch in found],
                 hovertemplate="after epoch %{customdata}: %{y:.1f} %",
             )
@@ -86,9 +87,9 @@ def rates(figure: go.Figure, title: str, x_title: str = "") -> go.Figure:
     return styled(figure, title, "%", x_title).update_yaxes(range=[0, 100])
 
 
-def error_bars(metrics: list[dict[str, Any]], colour: str) -> dict[str, Any]:
+def error_bars(results: list[EvaluationResult], colour: str) -> dict[str, Any]:
     """The intervals of win rates in per cent."""
-    bounds = [(m["win_rate"], *m["win_rate_ci"]) for m in metrics]
+    bounds = [(result.win_rate, *result.win_rate_ci) for result in results]
     return {
         "type": "data",
         "symmetric": False,

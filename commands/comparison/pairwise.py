@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from callbacks.evaluation.metrics import win_rate_of
+from callbacks.evaluation.metrics import win_rate
 from commands.comparison.run_files import is_number
 from commands.comparison.runs import Run
 from core.files import without_nan
-from lightning_modules.functional.statistics import mean_interval, outcomes
+from lightning_modules.functional.statistics import mean_interval, outcomes, win_rate_interval
 
 
 def pairwise(runs: list[Run]) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def against(row: Run, column: Run) -> dict[str, Any]:
     then there is a ``note`` and no number.
     """
     names = {"row": row.name, "column": column.name}
-    judges = row.headline.get("reward_source"), column.headline.get("reward_source")
+    judges = row.result.reward_source, column.result.reward_source
     if judges[0] != judges[1]:
         return {**names, "note": f"different judges ({judges[0]}, {judges[1]})"}
     rewards = [(pair["reward"], column.pairs.get(key, {}).get("reward")) for key, pair in row.pairs.items()]
@@ -41,7 +41,8 @@ def against(row: Run, column: Run) -> dict[str, Any]:
         "wins": wins,
         "ties": ties,
         "losses": losses,
-        **win_rate_of(wins, ties, losses),
+        "win_rate": win_rate(wins, ties, losses),
+        "win_rate_ci": list(win_rate_interval(wins, ties, losses)),
         "reward_difference": differences.mean().item(),
         "reward_difference_ci": list(mean_interval(differences)),
     }

@@ -1,5 +1,6 @@
 """``report.html``: one file with charts, tables and completions side by side, readable without a network."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from callbacks.evaluation.result import Group
 from commands.comparison.browser import browser_data
 from commands.comparison.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
 from commands.comparison.run_files import is_number
 from commands.comparison.runs import Run
-from commands.comparison.tables import HEADLINE, headline_cells, interval, pairwise_cell, percent
+from commands.comparison.tables import COLUMNS, headline_cells, interval, pairwise_cell, percent
 
 BREAKDOWNS = (("win_rate_by_prompt_length", "By prompt length"), ("win_rate_by_source", "By source"))
 
@@ -34,13 +36,13 @@ def render_report(runs: list[Run], matches: list[dict[str, Any]], *, answers: li
     charts = Charts()
     overview = (win_rate_chart(evaluated), epoch_chart(runs), reward_chart(evaluated), length_chart(evaluated))
     return environment.get_template("report.html.jinja").render(
-        rows=[(run.name, run.method, headline_cells(run.headline)) for run in evaluated],
-        columns=HEADLINE,
+        rows=[(run.name, run.method, headline_cells(run.result)) for run in evaluated],
+        columns=COLUMNS,
         answers=answers,
         notes=notes,
-        judges=list(dict.fromkeys(run.headline["reward_source"] for run in evaluated)),
-        references=list(dict.fromkeys(run.headline["reference"] for run in evaluated)),
-        prompts=sorted({run.headline["prompts"] for run in evaluated}),
+        judges=list(dict.fromkeys(run.result.reward_source for run in evaluated)),
+        references=list(dict.fromkeys(run.result.reference for run in evaluated)),
+        prompts=sorted({run.result.prompts for run in evaluated}),
         names=[run.name for run in evaluated],
         colours=colours(runs),
         cells={(match["row"], match["column"]): pairwise_cell(match) for match in matches},
@@ -69,35 +71,35 @@ class Charts:
 
 def breakdown(runs: list[Run], key: str) -> list[tuple[str, list[dict[str, Any] | None]]]:
     """For each group of prompts, each run's win rate on it with its interval, or None."""
-    groups = [{group["label"]: group for group in run.headline.get(key) or []} for run in runs]
+    groups = [{group.label: group for group in getattr(run.result, key)} for run in runs]
     labels = list(dict.fromkeys(label for found in groups for label in found))
     return [(label, [shown(found[label]) if label in found else None for found in groups]) for label in labels]
 
 
-def shown(group: dict[str, Any]) -> dict[str, Any]:
+def shown(group: Group) -> dict[str, Any]:
     """A group's win rate as text, and where its interval lies in per cent."""
-    low, high = (100 * bound if is_number(bound) else None for bound in group["win_rate_ci"])
+    low, high = (100 * bound if is_number(bound) else None for bound in group.win_rate_ci)
     return {
-        "rate": percent(group["win_rate"]),
-        "interval": interval(group["win_rate_ci"], percent),
-        "prompts": group["prompts"],
-        "bar": None if low is None or high is None else (low, 100 * group["win_rate"], high),
+        "rate": percent(group.win_rate),
+        "interval": interval(group.win_rate_ci, percent),
+        "prompts": group.prompts,
+        "bar": None if low is None or high is None else (low, 100 * group.win_rate, high),
     }
 
 
 def calls(run: Run) -> list[dict[str, Any]]:
     """For each evaluation of the run that says so, what became of its requests."""
-    evaluations = [(f"after epoch {epoch + 1}", metrics) for epoch, metrics in sorted(run.epochs.items())]
-    if run.headline_from == "final":
+    evaluations = [(f"after epoch {epoch + 1}", result) for epoch, result in sorted(run.epochs.items())]
+    if run.headline is not None and run.headline_from == "final":
         evaluations.append(("final", run.headline))
     return [
         {
             "run": run.name,
             "evaluation": name,
-            "failed_pairs": metrics["failed"],
-            "reasons": ", ".join(f"{reason}: {count}" for reason, count in found.get("reasons", {}).items()),
-            **{key: found.get(key, "-") for key in ("asked", "cached", "requests", "failed_requests")},
+            "failed_pairs": result.failed,
+            **dataclasses.asdict(result.calls),
+            "reasons": ", ".join(f"{reason}: {count}" for reason, count in result.calls.reasons.items()),
         }
-        for name, metrics in evaluations
-        if (found := metrics.get("calls"))
+        for name, result in evaluations
+        if result.calls is not None
     ]

@@ -3,22 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
+from callbacks.evaluation.result import FIELDS, Calls, EvaluationResult, Group
 from core.text import encodable, printable
+from lightning_modules.functional.statistics import Interval
 
-NUMBERS = (
-    "win_rate",
-    "average_reward",
-    "average_reference_reward",
-    "reward_improvement",
-    "length_ratio",
-    "length_controlled_win_rate",
-)
-BOUNDS = ("win_rate_ci", "reward_improvement_ci")
-COUNTS = ("wins", "ties", "losses", "failed", "prompts")
-NAMES = ("reward_source", "reference")
 OUTCOMES = ("win", "tie", "loss", "failed")
 
 
@@ -53,14 +45,16 @@ class Reader:
             self.note(path, "is no JSON object and not used")
         return content if isinstance(content, dict) else {}
 
-    def metrics(self, path: Path) -> dict[str, Any]:
-        """An evaluation's metrics; empty where they lack what every evaluation has."""
+    def result(self, path: Path) -> EvaluationResult | None:
+        """An evaluation's result; None where it lacks what every evaluation has."""
         content = self.mapping(path)
-        if content and (lacking := flaw_of_metrics(content)):
-            self.note(path, f"is no evaluation ({lacking}) and not used")
-            return {}
-        kept = {name: value for name, value in content.items() if name not in OPTIONAL or OPTIONAL[name](value)}
-        return {name: printable(value) if isinstance(value, str) else value for name, value in kept.items()}
+        if not content:
+            return None
+        try:
+            return read_result(content)
+        except ValueError as flaw:
+            self.note(path, f"is no evaluation ({flaw}) and not used")
+            return None
 
     def lines(self, path: Path, usable: Callable[[Any], bool]) -> list[dict[str, Any]]:
         """The usable lines of a file of JSON lines."""
@@ -117,60 +111,6 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def is_interval(value: Any) -> bool:
-    """Whether it is two bounds."""
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number_or_none, value))
-
-
-def is_breakdown(value: Any) -> bool:
-    """Whether it is a win rate for each group of prompts."""
-    return isinstance(value, list) and all(
-        isinstance(group, dict)
-        and isinstance(group.get("label"), str)
-        and is_number_or_none(group.get("win_rate"))
-        and is_interval(group.get("win_rate_ci"))
-        and is_count(group.get("prompts"))
-        for group in value
-    )
-
-
-def are_calls(value: Any) -> bool:
-    """Whether it says what became of the requests."""
-    reasons = value.get("reasons", {}) if isinstance(value, dict) else None
-    counts = [*reasons.values()] if isinstance(reasons, dict) else [None]
-    return all(map(is_count, counts)) and all(is_count(value.get(name, 0)) for name in ("asked", "cached", "requests"))
-
-
-OPTIONAL: dict[str, Callable[[Any], bool]] = {
-    "length_controlled_win_rate_ci": is_interval,
-    "length_controlled_note": lambda value: isinstance(value, str),
-    "sign_test_p": is_number_or_none,
-    "reward_length_correlation": is_number_or_none,
-    "win_rate_by_prompt_length": is_breakdown,
-    "win_rate_by_source": is_breakdown,
-    "calls": are_calls,
-    "model": lambda value: isinstance(value, str),
-    "model_digest": lambda value: isinstance(value, str),
-    "valid": lambda value: isinstance(value, bool),
-}
-"""What not every evaluation has; passed over where it is something else than it should be."""
-
-
-def flaw_of_metrics(content: dict[str, Any]) -> str:
-    """Which part of an evaluation is missing or is something else; empty where all are well."""
-    checks: list[tuple[tuple[str, ...], Callable[[Any], bool]]] = [
-        (NUMBERS, is_number_or_none),
-        (BOUNDS, is_interval),
-        (COUNTS, is_count),
-        (NAMES, lambda value: isinstance(value, str)),
-    ]
-    for names, fits in checks:
-        for name in names:
-            if name not in content or not fits(content[name]):
-                return f"{name} is {'not there' if name not in content else 'something else'}"
-    return ""
-
-
 def is_pair(row: dict[str, Any]) -> bool:
     """Whether a line of ``pairs.jsonl`` has a prompt, both completions and what was found of them."""
     prompt = row.get("prompt")
@@ -193,3 +133,86 @@ def is_pair(row: dict[str, Any]) -> bool:
 def is_record(line: dict[str, Any]) -> bool:
     """Whether a line of ``metrics.jsonl`` has a step."""
     return line.get("step") is None or is_count(line["step"])
+
+
+def read_result(content: dict[str, Any]) -> EvaluationResult:
+    """A result from its record; of what not every evaluation has, what is something else is passed over.
+
+    Raises:
+        ValueError: If a part that every evaluation has is missing or is something else; it says which.
+    """
+    values = {}
+    for name, field in FIELDS.items():
+        try:
+            values[name] = READ[field.type](content[name])
+        except (KeyError, TypeError, ValueError):
+            if field.default is MISSING and field.default_factory is MISSING:
+                told = "something else" if name in content else "not there"
+                raise ValueError(f"{name} is {told}") from None
+    return EvaluationResult(**values)
+
+
+def checked(value: Any, fits: Callable[[Any], bool]) -> Any:
+    """The value, or a ValueError where it does not fit."""
+    if not fits(value):
+        raise ValueError(value)
+    return value
+
+
+def of_type(kind: type) -> Callable[[Any], Any]:
+    """From a value to itself, if it is of a type."""
+    return lambda value: checked(value, lambda read: isinstance(read, kind))
+
+
+def number(value: Any) -> float:
+    """A number; NaN for null."""
+    return math.nan if value is None else float(checked(value, is_number))
+
+
+def count(value: Any) -> int:
+    """A count."""
+    return int(checked(value, is_count))
+
+
+def text(value: Any) -> str:
+    """Text, as it may be shown."""
+    return printable(of_type(str)(value))
+
+
+def interval(value: Any) -> Interval:
+    """Two bounds."""
+    low, high = of_type(list)(value)
+    return Interval(number(low), number(high))
+
+
+def group(value: Any) -> Group:
+    """The win rate on a part of the prompts."""
+    bounds = interval(value["win_rate_ci"])
+    return Group(text(value["label"]), count(value["prompts"]), number(value["win_rate"]), bounds)
+
+
+def calls(value: Any) -> Calls:
+    """What became of the requests."""
+    found = of_type(dict)(value)
+    counts = {name: count(found.get(name, 0)) for name in ("asked", "cached", "requests", "failed_requests")}
+    reasons = of_type(dict)(found.get("reasons", {}))
+    return Calls(**counts, reasons={text(reason): count(times) for reason, times in reasons.items()})
+
+
+def or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same for what may be null."""
+    return lambda value: None if value is None else read(value)
+
+
+READ: dict[Any, Callable[[Any], Any]] = {
+    float: number,
+    int | None: or_none(count),
+    int: count,
+    bool: of_type(bool),
+    str: text,
+    str | None: or_none(text),
+    Interval: interval,
+    list[Group]: lambda value: [group(each) for each in of_type(list)(value)],
+    Calls | None: or_none(calls),
+}
+"""From JSON to a field of each type."""

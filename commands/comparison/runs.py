@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
+from callbacks.evaluation.result import EvaluationResult
 from commands.comparison.run_files import Reader, is_number, is_pair, is_record
 from core.errors import ConfigurationError
 from core.plain import loaded_file
@@ -27,10 +28,10 @@ class Run(NamedTuple):
 
     name: str
     method: str
-    headline: dict[str, Any]
-    """The metrics of ``validate`` on the final model, or else of the last epoch evaluated."""
+    headline: EvaluationResult | None
+    """The result of ``validate`` on the final model, or else of the last epoch evaluated."""
     headline_from: str
-    epochs: dict[int, dict[str, Any]]
+    epochs: dict[int, EvaluationResult]
     pairs: dict[PromptKey, dict[str, Any]]
     """The rows of ``pairs.jsonl`` in their order."""
     curves: dict[str, list[tuple[int, float]]]
@@ -43,9 +44,15 @@ class Run(NamedTuple):
     """What of the folder cannot be used."""
 
     @property
-    def judge(self) -> tuple[str | None, str | None]:
+    def result(self) -> EvaluationResult:
+        """The headline of a run that has one."""
+        assert self.headline is not None, "only runs that were evaluated are asked"
+        return self.headline
+
+    @property
+    def judge(self) -> tuple[str, str]:
         """What scored, and what it was scored against."""
-        return self.headline.get("reward_source"), self.headline.get("reference")
+        return self.result.reward_source, self.result.reference
 
 
 def read_runs(directories: list[Path]) -> list[Run]:
@@ -79,12 +86,12 @@ def read_run(directory: Path) -> Run:
     reader = Reader(printable(directory.resolve().name))
     config = read_options(config_file, reader)
     epochs = {
-        int(found[1]): metrics
+        int(found[1]): result
         for folder in sorted((directory / "eval").glob("epoch=*"))
-        if (found := EPOCH.fullmatch(folder.name)) and (metrics := reader.metrics(folder / "metrics.json"))
+        if (found := EPOCH.fullmatch(folder.name)) and (result := reader.result(folder / "metrics.json"))
     }
     source = directory / "eval" / "final"
-    headline = reader.metrics(source / "metrics.json")
+    headline = reader.result(source / "metrics.json")
     if not headline and epochs:
         source = directory / "eval" / f"epoch={max(epochs)}"
         headline = epochs[max(epochs)]
@@ -99,7 +106,7 @@ def read_run(directory: Path) -> Run:
         config=reader.text(config_file),
         environment=read_environment(directory / "environment.json", reader),
         final_digest=digest_of(directory / (text_at(config, "export", "directory") or "final"), reader)
-        if "model_digest" in headline
+        if headline is not None and headline.model_digest is not None
         else None,
         notes=reader.notes,
     )
@@ -180,7 +187,7 @@ def differences(runs: list[Run]) -> list[str]:
     notes = [note for run in runs for note in run.notes]
     notes += [f"{run.name} has no evaluation" for run in runs if not run.headline]
     for key in SAME_FOR_ALL:
-        values = {run.name: run.headline.get(key) for run in evaluated}
+        values = {run.name: getattr(run.headline, key) for run in evaluated}
         if len(set(values.values())) > 1:
             told = ", ".join(f"{name}: {value}" for name, value in values.items())
             notes.append(f"the runs differ in {key} ({told}), so their win rates do not compare")
@@ -188,13 +195,13 @@ def differences(runs: list[Run]) -> list[str]:
         notes.append("the runs were evaluated on different prompts, so their win rates do not compare")
     notes += [
         f"the evaluation of {run.name} (eval/{run.headline_from}) is of other weights than its final model: it judged "
-        f"{run.headline['model']}; validate with the run's config judges the final one"
+        f"{run.result.model}; validate with the run's config judges the final one"
         for run in evaluated
-        if run.final_digest is not None and run.headline["model_digest"] != run.final_digest
+        if run.final_digest is not None and run.result.model_digest != run.final_digest
     ]
     notes += [
-        f"the evaluation of {run.name} is not valid: {run.headline['failed']} of {run.headline['prompts']} pairs failed"
+        f"the evaluation of {run.name} is not valid: {run.result.failed} of {run.result.prompts} pairs failed"
         for run in evaluated
-        if not run.headline.get("valid", True)
+        if not run.result.valid
     ]
     return notes

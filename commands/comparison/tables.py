@@ -1,28 +1,18 @@
 """Figures as people read them, and the tables of the terminal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from callbacks.evaluation.result import TABLED, EvaluationResult, Unit
 from commands.comparison.run_files import is_number
 from commands.comparison.runs import Run
 
 WIDE = 150
 """Characters that a row of all headline metrics takes."""
-HEADLINE = (
-    "run",
-    "win rate",
-    "p",
-    "at equal length",
-    "reward",
-    "reference",
-    "improvement",
-    "length ratio",
-    "length correlation",
-    "W/T/L/failed",
-)
+COLUMNS = ("run", *(figure.title for figure in TABLED.values()), "W/T/L/failed")
 
 
 def headline_table(runs: list[Run], *, width: int = WIDE) -> Table:
@@ -30,7 +20,7 @@ def headline_table(runs: list[Run], *, width: int = WIDE) -> Table:
     rows = [
         (run.name, *(" ".join(cell).strip() for cell in headline_cells(run.headline))) for run in runs if run.headline
     ]
-    lines = [HEADLINE, *rows]
+    lines = [COLUMNS, *rows]
     if width < WIDE:
         lines = list(zip(*lines, strict=True))
     table = Table(
@@ -44,22 +34,14 @@ def headline_table(runs: list[Run], *, width: int = WIDE) -> Table:
     return table
 
 
-def headline_cells(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """The headline metrics as text, each with its interval or nothing."""
-    return [
-        (percent(metrics["win_rate"]), interval(metrics["win_rate_ci"], percent)),
-        (probability(metrics.get("sign_test_p")), ""),
-        (
-            percent(metrics["length_controlled_win_rate"]),
-            interval(metrics.get("length_controlled_win_rate_ci", [None, None]), percent),
-        ),
-        (number(metrics["average_reward"]), ""),
-        (number(metrics["average_reference_reward"]), ""),
-        (number(metrics["reward_improvement"]), interval(metrics["reward_improvement_ci"], number)),
-        (number(metrics["length_ratio"]), ""),
-        (number(metrics.get("reward_length_correlation")), ""),
-        ("/".join(str(metrics[name]) for name in ("wins", "ties", "losses", "failed")), ""),
-    ]
+def headline_cells(result: EvaluationResult) -> list[tuple[str, str]]:
+    """The headline figures as text, each with its interval or nothing."""
+    cells = []
+    for name, figure in TABLED.items():
+        shown = SHOWN.get(figure.unit, number)
+        bounds = result.interval(name)
+        cells.append((shown(getattr(result, name)), "" if bounds is None else interval(bounds, shown)))
+    return [*cells, (f"{result.wins}/{result.ties}/{result.losses}/{result.failed}", "")]
 
 
 def pairwise_table(matches: list[dict[str, Any]]) -> Table:
@@ -108,8 +90,12 @@ def probability(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.2g}"  # type: ignore[operator]
 
 
-def interval(bounds: list[float | None], shown: Callable[[float | None], str]) -> str:
+def interval(bounds: Sequence[float | None], shown: Callable[[float | None], str]) -> str:
     """An interval in brackets, or nothing."""
     if not all(is_number(bound) for bound in bounds):
         return ""
     return f"[{shown(bounds[0]).removesuffix(' %')}, {shown(bounds[1]).removesuffix(' %')}]"
+
+
+SHOWN: dict[Unit, Callable[[float | None], str]] = {Unit.SHARE: percent, Unit.PROBABILITY: probability}
+"""How figures are shown; those of other units with two decimals."""

@@ -6,31 +6,11 @@ from typing import Any, Literal
 
 import wandb
 
+from callbacks.evaluation.result import CI, FIELDS, FIGURES
 from callbacks.logging.tracking import WandbTracking
 from commands.comparison.browser import browser_data
 from commands.comparison.runs import Run
 
-HEADLINE = (
-    "win_rate",
-    "win_rate_ci",
-    "sign_test_p",
-    "length_controlled_win_rate",
-    "length_controlled_win_rate_ci",
-    "average_reward",
-    "average_reference_reward",
-    "reward_improvement",
-    "reward_improvement_ci",
-    "length_ratio",
-    "reward_length_correlation",
-    "wins",
-    "ties",
-    "losses",
-    "failed",
-    "prompts",
-    "valid",
-    "reward_source",
-    "reference",
-)
 PAIRWISE = (
     "row",
     "column",
@@ -65,10 +45,10 @@ def track(
     )
     experiment = logger.experiment
     try:
-        headline = [{"run": run.name, "method": run.method, **run.headline} for run in evaluated]
+        headline = [{"run": run.name, "method": run.method, **run.result.record()} for run in evaluated]
         experiment.log(
             {
-                "headline": table(("run", "method", *HEADLINE), headline),
+                "headline": table(("run", "method", *headline_columns()), headline),
                 "pairwise": table(PAIRWISE, matches),
                 "completions": completions_table(evaluated),
                 "report": wandb.Html(page, inject=False, data_is_not_path=True),
@@ -78,11 +58,18 @@ def track(
         experiment.finish()
 
 
+def headline_columns() -> list[str]:
+    """The figures that are tabled, with their intervals, and the counts; and what judged and was compared with."""
+    figures = [name for name, figure in FIGURES.items() if figure.title or figure.counts]
+    columns = [part for name in figures for part in (name, name + CI) if part in FIELDS]
+    return [*columns, "reward_source", "reference"]
+
+
 def table(columns: tuple[str, ...], records: list[dict[str, Any]]) -> wandb.Table:
     """The records as rows; an interval becomes two columns, ``_low`` and ``_high``."""
     names: list[str | int] = []
     for column in columns:
-        names += [f"{column.removesuffix('_ci')}_{end}" for end in ("low", "high")] if is_interval(column) else [column]
+        names += [f"{column.removesuffix(CI)}_{end}" for end in ("low", "high")] if is_interval(column) else [column]
     rows = []
     for record in records:
         cells: list[Any] = []
@@ -95,7 +82,7 @@ def table(columns: tuple[str, ...], records: list[dict[str, Any]]) -> wandb.Tabl
 
 def is_interval(column: str) -> bool:
     """Whether a metric is an interval, going by its name."""
-    return column.endswith("_ci")
+    return column.endswith(CI)
 
 
 def completions_table(runs: list[Run]) -> wandb.Table:

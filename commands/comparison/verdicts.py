@@ -1,8 +1,10 @@
 """Whether they got better, in words: each run against its reference, and the runs against each other."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from callbacks.evaluation.metrics import cannot_tell
+from callbacks.evaluation.result import EvaluationResult
 from commands.comparison.run_files import is_number
 from commands.comparison.runs import Run
 from commands.comparison.tables import interval, number, percent
@@ -27,26 +29,24 @@ def verdicts(runs: list[Run], matches: list[dict[str, Any]]) -> list[str]:
 
 def against_reference(run: Run) -> str:
     """Whether a run's model is better than its reference, and whether it still is at equal length."""
-    metrics = run.headline
-    if not metrics.get("valid", True) or not is_number(metrics["win_rate"]):
-        return f"{run.name}: not known; {metrics['failed']} of {metrics['prompts']} pairs have no score."
-    side = side_of(metrics["win_rate_ci"])
+    result = run.result
+    if not result.valid or not is_number(result.win_rate):
+        return f"{run.name}: not known; {result.failed} of {result.prompts} pairs have no score."
+    side = side_of(result.win_rate_ci)
     if not side:
-        return f"{run.name}: not to be told from the reference; {cannot_tell(metrics)}.{length_told(metrics, side)}"
+        return f"{run.name}: not to be told from the reference; {cannot_tell(result)}.{length_told(result, side)}"
     answer = {1: "yes, better than the reference", -1: "no, worse than the reference"}[side]
-    return (
-        f"{run.name}: {answer}; it wins {rate_told(metrics)}.{length_told(metrics, side)}{reward_told(metrics, side)}"
-    )
+    return f"{run.name}: {answer}; it wins {rate_told(result)}.{length_told(result, side)}{reward_told(result, side)}"
 
 
-def length_told(metrics: dict[str, Any], side: int) -> str:
+def length_told(result: EvaluationResult, side: int) -> str:
     """What equal length makes of the answer, where the data tell it, and otherwise why they do not."""
-    rate, bounds = metrics.get("length_controlled_win_rate"), metrics.get("length_controlled_win_rate_ci")
-    if not is_number(rate) or bounds is None:
-        note = metrics.get("length_controlled_note")
+    rate, bounds = result.length_controlled_win_rate, result.length_controlled_win_rate_ci
+    if not all(map(is_number, (rate, *bounds))):
+        note = result.length_controlled_note
         return f" At equal length: not known ({note})." if note else ""
     told = f"{percent(rate)} {interval(bounds, percent)}"
-    ratio = f"its answers are {number(metrics['length_ratio'])} times as long"
+    ratio = f"its answers are {number(result.length_ratio)} times as long"
     at_equal_length = side_of(bounds)
     if at_equal_length == side:
         return f" At equal length too: {told}." if side else ""
@@ -56,12 +56,12 @@ def length_told(metrics: dict[str, Any], side: int) -> str:
     return f" But at equal length it is {better}: {told}; {ratio}."
 
 
-def reward_told(metrics: dict[str, Any], side: int) -> str:
+def reward_told(result: EvaluationResult, side: int) -> str:
     """A warning where the mean reward moved the other way than the win rate."""
-    bounds = metrics["reward_improvement_ci"]
+    bounds = result.reward_improvement_ci
     if not all(map(is_number, bounds)) or side_of(bounds, even=0.0) != -side:
         return ""
-    improvement = number(metrics["reward_improvement"])
+    improvement = number(result.reward_improvement)
     return f" But its mean reward differs by {improvement} {interval(bounds, number)}: a few answers weigh heavily."
 
 
@@ -77,13 +77,12 @@ def against_each_other(match: dict[str, Any]) -> str:
     return f"{names[0]} is better than {names[1]}: it wins {told}."
 
 
-def rate_told(metrics: dict[str, Any]) -> str:
+def rate_told(result: EvaluationResult) -> str:
     """The win rate with its interval and of how many pairs it is."""
-    scored = metrics["wins"] + metrics["ties"] + metrics["losses"]
-    return f"{percent(metrics['win_rate'])} {interval(metrics['win_rate_ci'], percent)} of {scored:,} prompts"
+    return f"{percent(result.win_rate)} {interval(result.win_rate_ci, percent)} of {result.scored:,} prompts"
 
 
-def side_of(bounds: list[float], *, even: float = 0.5) -> int:
+def side_of(bounds: Sequence[float], *, even: float = 0.5) -> int:
     """1 where an interval lies above what makes no difference, -1 below, 0 where it holds it."""
     low, high = bounds
     return 1 if low > even else -1 if high < even else 0

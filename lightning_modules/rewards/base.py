@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from core.errors import ConfigurationError
 from core.imports import is_allowed, shadowed
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules.rewards import calling
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.local import ModelReward

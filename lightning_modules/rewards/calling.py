@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from core.errors import ConfigurationError
-from datamodules.chat import Message
+from datamodules.messages import Message
 
 TIME_LIMIT_S = 3600.0
 """For one call; a reward's own ``time_limit_s`` goes first."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import requests
 
 from core.errors import ConfigurationError
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules.rewards.asking import Asking, answered
 from lightning_modules.rewards.budget import Budget
 from lightning_modules.rewards.keys import advice, checked_url, key_for, on_this_machine

@@ -11,14 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from datamodules.batches import TokenBatch, pad
-from datamodules.chat import (
-    Message,
-    UnstableTemplateError,
-    encode_conversation,
-    encode_whole,
-    load_tokenizer,
-    tail_ids,
-)
+from datamodules.chat import encode_conversation, encode_whole, load_tokenizer, tail_ids
+from datamodules.chat_template import UnstableTemplateError
+from datamodules.messages import Message
 from lightning_modules.forward.completions import position_ids, sequence_scores
 from lightning_modules.models.identity import directory_digest
 from lightning_modules.models.loading import load_causal_lm, load_config, load_reward_model

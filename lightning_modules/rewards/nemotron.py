@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from datamodules.chat import Message
+from datamodules.messages import Message
 from lightning_modules.rewards.http import HTTPReward
 
 HOSTED_URL = "https://integrate.api.nvidia.com/v1"

@@ -2,10 +2,11 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from core.errors import ConfigurationError
-from datamodules.chat import Message
+from datamodules.messages import Message
+from datamodules.prompts import Prompt
 from lightning_modules.rewards.base import Reward, WeightedReward, checked_scores, reward_name
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.local import ModelReward
@@ -44,6 +45,29 @@ def judge_preflight(reward: Reward, *, option: str) -> None:
             f"so it cannot tell a good answer to {prompt[0]['content']!r} from a bad one; change {option}, or set "
             "evaluation.check_judge to false if it is made for other questions"
         )
+
+
+def before_evaluation(
+    reward: Reward, prompts: Sequence[Prompt], *, judges: bool, option: str, told: Callable[[str], None]
+) -> None:
+    """Try the source, and say how long an evaluation takes.
+
+    Args:
+        reward: The source.
+        prompts: Of the evaluation.
+        judges: Whether a reward model must tell a good answer from a bad one.
+        option: Names the source in errors.
+        told: Is given lines for people.
+
+    Raises:
+        ConfigurationError: If the source gives no scores, or cannot judge.
+    """
+    if judges and is_model(reward):
+        judge_preflight(reward, option=option)
+    else:
+        preflight(reward, prompts[0].messages, option=option)
+    for source in remote_parts(reward):
+        told(time_plan(source, len(prompts)))
 
 
 def is_model(reward: Reward) -> bool:

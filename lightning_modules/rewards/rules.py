@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from datamodules.chat import Message
+from datamodules.messages import Message
 
 
 def brevity(prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:

@@ -7,7 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from datamodules.chat import Message, load_tokenizer, render, without_special_tokens
+from datamodules.chat import load_tokenizer
+from datamodules.chat_template import render, without_special_tokens
+from datamodules.messages import Message
 from lightning_modules.rewards.http import HTTPReward
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from datamodules.chat import Message, load_tokenizer, render, without_special_tokens
+from datamodules.chat import load_tokenizer
+from datamodules.chat_template import render, without_special_tokens
+from datamodules.messages import Message
 from lightning_modules.rewards.http import HTTPReward
 
 CONTROL = re.compile(r"<\|[a-z_]+\|>")

@@ -1,0 +1,164 @@
+"""A tokenizer's chat template: found, tried before it is trusted, and made to write."""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import jinja2.nodes
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import ConfigurationError
+from core.limits import memory_limit, time_limit
+from core.text import printable, told
+from datamodules.messages import Message
+
+TEMPLATES = Path(__file__).parent / "templates"
+"""The chat templates that ship, each under its file's name."""
+CHATML_TEMPLATE = (TEMPLATES / "chatml.jinja").read_text("utf-8")
+PROBE = ("the question of a probe", "the answer to a probe")
+"""Texts that every template must show, whatever it puts around them."""
+RENDER_S = 10.0
+"""Seconds that a template may take for a conversation, which is some thousand times what any takes."""
+PROBE_BYTES = 1 << 30
+"""Memory that a template may take for a conversation of two short turns."""
+LARGEST_RENDERED = 50_000_000
+"""Characters of a conversation."""
+
+
+class UnstableTemplateError(ConfigurationError):
+    """A chat template that writes a prefix of a conversation otherwise than the conversation begins."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, position: int) -> None:
+        super().__init__(
+            f"the chat template rewrites earlier text at turn {position}, so a prompt is no prefix of its "
+            f"conversation; {another_template(str(tokenizer.chat_template))}"
+        )
+
+
+class TemplateRefusalError(ConfigurationError):
+    """A chat template that does not take a conversation, and in ``reason`` what it says of it."""
+
+    def __init__(self, roles: Sequence[str], reason: str) -> None:
+        super().__init__(f"the chat template refuses a conversation with the roles {list(roles)}: {reason}")
+        self.reason = reason
+
+
+class TurnEnd(NamedTuple):
+    """How a template closes an assistant turn: the text up to and with its end token, and what follows that."""
+
+    closing: str
+    tail: str
+    token_id: int
+
+
+def read_template(name: str) -> str:
+    """The text of a chat template: of a file, or of one that ships.
+
+    Raises:
+        ConfigurationError: If it is neither.
+    """
+    shipped = {file.stem: file for file in TEMPLATES.glob("*.jinja")}
+    file = Path(name) if Path(name).is_file() else shipped.get(name)
+    try:
+        if file is None:
+            raise ConfigurationError(
+                f"no chat template {name!r}; name a file in data.chat_template, or one that ships: {', '.join(shipped)}"
+            )
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{name} cannot be read ({error}); change data.chat_template") from error
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """The conversation as the template writes it.
+
+    Raises:
+        TemplateRefusalError: If the template refuses the conversation.
+    """
+    try:
+        with time_limit(RENDER_S):
+            text = str(
+                tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+    except Exception as error:  # a template is a program
+        reason = printable(str(error)) if isinstance(error, jinja2.TemplateError) else told(error)
+        raise TemplateRefusalError([message["role"] for message in messages], reason) from error
+    if len(text) > LARGEST_RENDERED:
+        reason = f"it makes {len(text):,} characters of them, and {LARGEST_RENDERED:,} are the most"
+        raise TemplateRefusalError([message["role"] for message in messages], reason)
+    return text
+
+
+def check_template(template: str) -> None:
+    """Raise a TemplateRefusalError for powers: a number can take longer to compute than any limit can interrupt."""
+    try:
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        powers = parsed.find(jinja2.nodes.Pow) is not None
+    except jinja2.TemplateError:  # for a tag that transformers adds, or one that rendering tells
+        powers = "**" in template
+    if powers:
+        raise TemplateRefusalError(["user", "assistant"], "it computes powers, which no template needs")
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
+    """Where an assistant turn ends under the tokenizer's template, and the token that generation stops on.
+
+    Raises:
+        ConfigurationError: If the template does not show what a turn says, or closes a turn without a special token,
+            so that nothing could stop.
+    """
+    return _turn_end(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
+    probe = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), PROBE, strict=True)]
+    try:
+        check_template(template)
+        with memory_limit(PROBE_BYTES):
+            rendered = render(tokenizer, probe, add_generation_prompt=False)
+    except TemplateRefusalError as error:
+        raise ConfigurationError(f"{error}; {another_template(template)}") from error
+    if not all(text in rendered for text in PROBE):
+        raise ConfigurationError(
+            f"the chat template leaves out what a turn says, as one made for lists of content parts does; "
+            f"{another_template(template)}"
+        )
+    after_content = rendered.rpartition(PROBE[1])[2]
+    special = _special_token_pattern(tokenizer, len(tokenizer)).search(after_content)
+    if special is None:
+        raise ConfigurationError(
+            f"the chat template ends an assistant turn with {after_content!r}, which holds no special token to stop "
+            f"on; {another_template(template)}"
+        )
+    token_id: int = tokenizer.convert_tokens_to_ids(special.group())  # type: ignore[assignment]
+    return TurnEnd(after_content[: special.end()], after_content[special.end() :], token_id)
+
+
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """The turns with control tokens taken out of the text, so that no text can open or close a turn."""
+    pattern = _special_token_pattern(tokenizer, len(tokenizer))
+
+    def cleaned(text: str) -> str:
+        while (shorter := pattern.sub("", text)) != text:  # what is left may have closed up to another one
+            text = shorter
+        return text
+
+    return [{"role": message["role"], "content": cleaned(message["content"])} for message in messages]
+
+
+@lru_cache(maxsize=8)
+def _special_token_pattern(tokenizer: PreTrainedTokenizerBase, _vocabulary_size: int) -> re.Pattern[str]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    tokens = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def another_template(template: str) -> str:
+    """What to do about a template that cannot be used."""
+    return f"name another in --data.chat_template: a file, or chatml, which ships (this one begins {template[:60]!r})"
