@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from datamodules.batches import TokenBatch
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.forward.completions import completion_tokens
+from lightning_modules.forward.completions import completion_losses, completion_tokens
 
 
 class SFTModule(FineTuningModule):
@@ -25,8 +25,7 @@ class SFTModule(FineTuningModule):
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        alike = torch.ones(len(batch.input_ids), device=self.device)  # the loss is a sum, so all tokens weigh the same
-        losses = -completion_tokens(self.model, batch, row_weights=alike).log_probs
+        losses = completion_losses(self.model, batch)
         if self.is_first_step:
             require(len(losses) > 0, "the first batch must have supervised tokens", 0)
         self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(losses))

@@ -56,13 +56,16 @@ STARTS = [6, 6, 2, 2]
 GROUPS = [0, 0, 1, 1]
 
 
-def make(name: str) -> PreTrainedModel:
+def make(name: str, *, replaced: bool = True) -> PreTrainedModel:
+    """A small model, with the attention that loading gives it unless that is not to be replaced."""
     torch.manual_seed(3)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases that are not zero, norms that are not one
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    if replaced:
+        attention.replace_attention(model)
     return model.train()
 
 
@@ -117,7 +120,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.usefixtures("small_chunks")
 def test_log_probs_and_gradients_equal_the_plain_forward(name: str, groups: list[int] | None, left: bool) -> None:
-    plain, fast = make(name), make(name)
+    plain, fast = make(name, replaced=False), make(name)
     expected = plain_log_probs(plain)
     ours = completion_tokens(fast, batch_of(ROWS, left=left), groups=groups)
     torch.testing.assert_close(ours.log_probs, expected, atol=1e-5, rtol=1e-5)
@@ -229,9 +232,14 @@ def test_kl_in_chunks_equals_the_kl_of_all_logits(name: str) -> None:
     torch.testing.assert_close(read_tokens(ours).log_probs, log_probs, atol=1e-5, rtol=1e-5)
 
 
+def test_asking_changes_nothing_and_rows_are_laid_flat_only_where_attention_was_replaced() -> None:
+    plain = make("llama", replaced=False)
+    assert capabilities(plain) == Capabilities(0.0, True)
+    assert plain.config._attn_implementation == "sdpa"
+
+
 def test_a_switched_model_still_generates_and_saves_as_before(tmp_path: Path) -> None:
-    plain, switched = make("llama").eval(), make("llama").eval()
-    capabilities(switched)
+    plain, switched = make("llama", replaced=False).eval(), make("llama").eval()
     assert switched.config._attn_implementation == attention.NAME
     batch = batch_of(ROWS, left=True)
     prompts = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}

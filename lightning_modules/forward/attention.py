@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,6 +20,16 @@ if find_spec("torch.nn.attention.varlen"):
 
 NAME = "padding_free_sdpa"
 """Like transformers' own ``sdpa``, except where a forward pass is given ``flat_segments``."""
+
+
+def replace_attention(model: PreTrainedModel) -> None:
+    """Have a model attend by this file, where its attention is transformers' ``sdpa`` and can be replaced.
+
+    With padded rows and caches it goes on as before, and its saved configuration is the same.
+    """
+    config: Any = model.config.get_text_config()
+    if config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False):
+        model.set_attn_implementation(NAME)
 
 
 def padding_free_attention(

@@ -29,9 +29,9 @@ _KNOWN: "WeakKeyDictionary[PreTrainedModel, Capabilities]" = WeakKeyDictionary()
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def capabilities(model: PreTrainedModel) -> Capabilities:
-    """What may be done with a model; the first question switches its attention over where that is possible.
+    """What may be done with a model, as it is when this is first asked: on its device, and in its precision.
 
-    The model goes on working as before with padded rows and caches, and its saved configuration is the same.
+    Rows are laid flat only under :func:`lightning_modules.forward.attention.replace_attention`, as loading gives it.
     """
     if model not in _KNOWN:
         with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -45,13 +45,10 @@ def _longest_flat_row(model: PreTrainedModel) -> float:
     if getattr(model.base_model, "_compiled_call_impl", None) is not None:
         rank_zero_info(f"{name}: batches stay padded, as flat ones would be compiled again and again")
         return 0.0
-    current = config._attn_implementation
-    replaceable = current == "sdpa" and getattr(model, "_supports_attention_backend", False)
-    if not replaceable and current != attention.NAME:
-        rank_zero_info(f"{name}: attention {current!r} cannot be replaced, so batches stay padded")
+    if config._attn_implementation != attention.NAME:
+        rank_zero_info(f"{name}: attention {config._attn_implementation!r} takes no flat rows, so batches stay padded")
         return 0.0
     try:
-        model.set_attn_implementation(attention.NAME)
         difference, reason = _flat_difference(model), "gives other hidden states"
     except torch.OutOfMemoryError:
         raise
@@ -60,7 +57,6 @@ def _longest_flat_row(model: PreTrainedModel) -> float:
         difference, reason = math.inf, f"fails ({told.splitlines()[0]})"
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     if difference > (5e-3 if exact else 0.05):  # rounding, where other tokens attended to make more than 0.1
-        model.set_attn_implementation("sdpa")
         rank_zero_info(f"{name}: a batch without padding {reason}, so batches stay padded")
         return 0.0
     windows = [getattr(config, option, None) for option in ("sliding_window", "attention_chunk_size")]

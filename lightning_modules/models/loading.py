@@ -18,6 +18,7 @@ from transformers import (
 from core.errors import ConfigurationError
 from core.text import told
 from datamodules.chat import check_model_name
+from lightning_modules.forward.attention import replace_attention
 
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """What a model's own configuration may ask for."""
@@ -127,6 +128,7 @@ def _from_pretrained(
             f"left over {sorted(unexpected)[:3]}; change {option}"
         )
     loaded: PreTrainedModel = model
+    replace_attention(loaded)
     return loaded
 
 
