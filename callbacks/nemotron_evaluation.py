@@ -79,17 +79,6 @@ class NemotronEvaluation(Callback):
         cache_dir: str | None = None,
         check_judge: bool = True,
     ) -> None:
-        require(num_prompts >= 0, "evaluation.num_prompts must not be negative", num_prompts)
-        require(temperature >= 0, "evaluation.temperature must not be negative", temperature)
-        require(0 < top_p <= 1, "evaluation.top_p must be within 0..1", top_p)
-        require(0 <= max_failed_share <= 1, "evaluation.max_failed_share must be within 0..1", max_failed_share)
-        for option, value in (
-            ("max_prompt_length", max_prompt_length),
-            ("max_completion_length", max_completion_length),
-            ("batch_size", batch_size),
-            ("every_n_epochs", every_n_epochs),
-        ):
-            require(value >= 1, f"evaluation.{option} must be at least 1", value)
         self.reward = NemotronReward() if reward is None else resolve_reward(reward, option="evaluation.reward")
         self.reference_model = reference_model
         self.dataset_name = dataset_name
@@ -107,6 +96,18 @@ class NemotronEvaluation(Callback):
         self._last: tuple[int, EvaluationResult] | None = None  # the step and the result of the last evaluation
         self._monitors = Monitors()
         self._ranks: Ranks[Any] = Ranks(SLACK_S)
+        self._check_options()
+
+    def _check_options(self) -> None:
+        decoding = self.decoding
+        require(self.num_prompts >= 0, "evaluation.num_prompts must not be negative", self.num_prompts)
+        require(decoding.temperature >= 0, "evaluation.temperature must not be negative", decoding.temperature)
+        require(0 < decoding.top_p <= 1, "evaluation.top_p must be within 0..1", decoding.top_p)
+        share = self.max_failed_share
+        require(0 <= share <= 1, "evaluation.max_failed_share must be within 0..1", share)
+        require(decoding.max_completion_length >= 1, "evaluation.max_completion_length must be at least 1", decoding[0])
+        for option in ("max_prompt_length", "batch_size", "every_n_epochs"):
+            require(getattr(self, option) >= 1, f"evaluation.{option} must be at least 1", getattr(self, option))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

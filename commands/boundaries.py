@@ -1,10 +1,10 @@
-"""What a config may not decide: a logger's host, what is written outside the run's folder, null for a value."""
+"""What a config may not say: a logger's host, a file outside the run's folder, null for a value, a number too low."""
 
 import importlib
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -15,6 +15,27 @@ HOST = re.compile(r"(?:^|_)(?:url|uri|host|hostname|endpoint|server|proxy|proxie
 FOLDER = re.compile(r"(?:^|_)(?:dir|dirpath|directory|path|folder|root)$", re.IGNORECASE)
 WRITERS = ("logger", "profiler", "callbacks")
 """Parts of the trainer that write files of their own."""
+
+
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "max_steps": -1,
+    "num_nodes": 1,
+    "num_sanity_val_steps": -1,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+"""The least value of trainer options that Lightning itself takes as they come, or fails on later."""
+
+
+def check_numbers(trainer: Mapping[str, Any]) -> None:
+    """Raise a ConfigurationError where an option of the trainer is less than it may be."""
+    for option, least in LEAST.items():
+        value = trainer[option]
+        if value is not None and value < least:
+            raise ConfigurationError(f"trainer.{option} must be at least {least}, got {value}")
 
 
 def check_boundaries(trainer: Any, root: Path) -> None:

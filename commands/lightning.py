@@ -23,7 +23,7 @@ from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, r
 from callbacks.logging.line_progress import LineProgress
 from callbacks.logging.metrics_file import MetricsFile
 from callbacks.logging.tracking import WandbTracking, run_name
-from commands.boundaries import check_boundaries, refuse_nulls
+from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
@@ -34,18 +34,6 @@ from core.errors import ConfigurationError
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
 from lightning_modules.untrained import EvaluationModule, NoRows
-
-LEAST = {
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "gradient_clip_val": 0,
-    "log_every_n_steps": 0,
-    "max_steps": -1,
-    "num_nodes": 1,
-    "num_sanity_val_steps": -1,
-    "reload_dataloaders_every_n_epochs": 0,
-}
-"""The least value of trainer options that Lightning itself takes as they come, or fails on later."""
 
 
 class Parser(LightningArgumentParser):
@@ -113,10 +101,7 @@ class SuiteCLI(LightningCLI):
         config = self.config[self.subcommand]
         refuse_secrets(config.as_dict())
         refuse_nulls({"model": config.as_dict()["model"], "data": config.as_dict().get("data")})
-        for option, least in LEAST.items():
-            value = config.trainer[option]
-            if value is not None and value < least:
-                raise ConfigurationError(f"trainer.{option} must be at least {least}, got {value}")
+        check_numbers(config.trainer.as_dict())
         if self.subcommand == "fit" and config.data is None:
             raise ConfigurationError("fit needs data: name a config (configs/sft.yaml), or a data module with --data")
         root = config.trainer.default_root_dir or "outputs/run"

@@ -75,25 +75,6 @@ class ChatDataModule(LightningDataModule):
         tokens_per_batch: int | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if not isinstance(dataset_name, str):
-            raise ConfigurationError(f"data.dataset_name must be one name or path, got {dataset_name!r}")
-        if task not in get_args(Task):
-            raise ConfigurationError(f"data.task must be one of {get_args(Task)}, got {task!r}")
-        if task not in self.readers:
-            raise ConfigurationError(f"{name} has no {task}, only {list(self.readers)}; change data.task or data")
-        for option, value in (("batch_size", batch_size), ("max_length", max_length), ("max_samples", max_samples)):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"data.{option} must be at least 1, got {value}")
-        if num_workers < 0:
-            raise ConfigurationError(f"data.num_workers must not be negative, got {num_workers}")
-        if chat_template is not None:
-            read_template(chat_template)
-        if tokens_per_batch is not None and (task == "prompts" or tokens_per_batch < max_length):
-            raise ConfigurationError(
-                f"data.tokens_per_batch must be at least data.max_length ({max_length}), and is for conversations and "
-                f"preferences; got {tokens_per_batch} for {task}"
-            )
         self.model_name = model_name
         self.dataset_name = dataset_name
         self.task: Task = task
@@ -106,6 +87,30 @@ class ChatDataModule(LightningDataModule):
         self.tokens_per_batch = tokens_per_batch
         self.dropped: dict[str, Counter[str]] = {}
         self._splits: dict[str, Dataset] = {}
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if not isinstance(self.dataset_name, str):
+            raise ConfigurationError(f"data.dataset_name must be one name or path, got {self.dataset_name!r}")
+        if self.task not in get_args(Task):
+            raise ConfigurationError(f"data.task must be one of {get_args(Task)}, got {self.task!r}")
+        if self.task not in self.readers:
+            name = type(self).__name__
+            raise ConfigurationError(f"{name} has no {self.task}, only {list(self.readers)}; change data.task or data")
+        for option in ("batch_size", "max_length", "max_samples"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"data.{option} must be at least 1, got {value}")
+        if self.num_workers < 0:
+            raise ConfigurationError(f"data.num_workers must not be negative, got {self.num_workers}")
+        if self.chat_template is not None:
+            read_template(self.chat_template)
+        budget = self.tokens_per_batch
+        if budget is not None and (self.task == "prompts" or budget < self.max_length):
+            raise ConfigurationError(
+                f"data.tokens_per_batch must be at least data.max_length ({self.max_length}), and is for conversations "
+                f"and preferences; got {budget} for {self.task}"
+            )
 
     @override
     def prepare_data(self) -> None:

@@ -42,6 +42,16 @@ def unfit(messages: Any) -> str:
     return flaw(messages) or ("" if messages[-1]["role"] == "user" else "no question at the end")
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any) -> tuple[int, str]:
+    """How many tokens a prompt has, and why it is none; empty where it is one."""
+    if reason := unfit(messages):
+        return 0, reason
+    try:
+        return len(encode_conversation(tokenizer, messages, add_generation_prompt=True).input_ids), ""
+    except TemplateRefusalError as refusal:
+        return 0, f"refused by the chat template ({refusal.reason[:80]})"
+
+
 def load_prompts(
     dataset_name: str,
     split: str,
@@ -70,15 +80,9 @@ def load_prompts(
         if len(prompts) == count:
             break
         messages = read_prompt(row)
-        reason = unfit(messages)
-        if not reason and str(messages) in seen:
+        if not unfit(messages) and str(messages) in seen:
             continue
-        try:
-            tokens = (
-                0 if reason else len(encode_conversation(tokenizer, messages, add_generation_prompt=True).input_ids)
-            )
-        except TemplateRefusalError as refusal:
-            reason = f"refused by the chat template ({refusal.reason[:80]})"
+        tokens, reason = prompt_tokens(tokenizer, messages)
         if reason or tokens > max_length:
             passed_over[reason or f"longer than {max_length} tokens"] += 1
             continue

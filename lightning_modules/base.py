@@ -1,5 +1,6 @@
 """What the methods share: options, loading, the optimiser, and the mean over everything in an optimiser step."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from typing_extensions import override
 
@@ -17,6 +19,8 @@ from datamodules.chat import load_tokenizer, stop_token_ids
 from lightning_modules.models.loading import load_causal_lm, load_config
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+SHOWN = ("loss", "accuracy", "score")
+"""Metrics that the progress bar shows."""
 
 
 class FineTuningModule(LightningModule):
@@ -108,6 +112,12 @@ class FineTuningModule(LightningModule):
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
+        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in self.validation_metrics()})
+
+    def validation_metrics(self) -> Sequence[str]:
+        """Names of what a validation takes the mean of, logged under ``val/``."""
+        return ()
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with the chat template that the data names where it names one."""
         data = getattr(self._trainer, "datamodule", None)
@@ -182,6 +192,18 @@ class FineTuningModule(LightningModule):
     def _gradient_scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
+    def update_val(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add values to the means of this validation."""
+        for name, values in metrics.items():
+            if name in self.val_metrics and values.numel():
+                self.val_metrics[name].update(values)  # type: ignore[operator]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.val_metrics.items():
+            self.log(f"val/{name}", metric.compute(), prog_bar=name in SHOWN)  # type: ignore[operator]
+            metric.reset()  # type: ignore[operator]
+
     @property
     def is_first_step(self) -> bool:
         """Whether no weight has changed and no step been taken, this one included."""
@@ -190,7 +212,7 @@ class FineTuningModule(LightningModule):
     def log_step(self, metrics: dict[str, Any], *, batch_size: int) -> None:
         """Log training metrics of this step."""
         for name, value in metrics.items():
-            self.log(f"train/{name}", value, prog_bar=name in ("loss", "score"), batch_size=batch_size)
+            self.log(f"train/{name}", value, prog_bar=name in SHOWN, batch_size=batch_size)
 
 
 def require(condition: bool, rule: str, value: object) -> None:

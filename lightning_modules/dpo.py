@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -117,11 +116,8 @@ class DPOModule(FineTuningModule):
         return batch
 
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.val_metrics = torch.nn.ModuleDict(
-            {name: MeanMetric() for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "kl")}
-        )
+    def validation_metrics(self) -> tuple[str, ...]:
+        return "loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "kl"
 
     @override
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -147,9 +143,7 @@ class DPOModule(FineTuningModule):
             pair_log_probs(read_tokens(policy)), pair_log_probs(read_tokens(reference))
         )
         kl = states_kl(policy, reference)  # over the data's prefixes, nats per token
-        for name, values in {**metrics, "loss": losses, "kl": kl}.items():
-            if name in self.val_metrics:
-                self.val_metrics[name].update(values)  # type: ignore[operator]
+        self.update_val({**metrics, "loss": losses, "kl": kl})
 
     @torch.no_grad()
     def reference_log_probs(self, batch: PreferenceBatch) -> Float[Tensor, " batch"]:
@@ -161,12 +155,6 @@ class DPOModule(FineTuningModule):
     def on_validation_end(self) -> None:
         if self.precompute_reference and not self.trainer.sanity_checking:
             self.reference.free()
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        for name, metric in self.val_metrics.items():
-            self.log(f"val/{name}", metric.compute(), prog_bar=name in ("loss", "accuracy"))  # type: ignore[operator]
-            metric.reset()  # type: ignore[operator]
 
     def preference_losses(
         self, policy: PairLogProbs, reference: PairLogProbs

@@ -1,7 +1,7 @@
 """A Bradley-Terry reward model: a scalar head on a language model, trained on preference pairs."""
 
+from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -27,34 +27,24 @@ class RewardModule(FineTuningModule):
         return model
 
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.val_loss = MeanMetric()
-        self.val_accuracy = MeanMetric()
-        self.val_margin = MeanMetric()
+    def validation_metrics(self) -> tuple[str, ...]:
+        return "loss", "accuracy", "margin"
 
     @override
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        chosen, rejected = sequence_scores(self.model, batch.tokens, groups=batch.pairs()).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected)
-        metrics = {
-            "loss": losses.mean(),
-            "accuracy": accuracy(chosen - rejected).mean(),
-            "margin": (chosen - rejected).mean(),
-        }
-        self.log_step({name: value.detach() for name, value in metrics.items()}, batch_size=len(losses))
+        losses, metrics = self.preference_losses(batch)
+        self.log_step({name: values.mean() for name, values in metrics.items()}, batch_size=len(losses))
         return self.sum_for_step(losses, len(losses))
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        chosen, rejected = sequence_scores(self.model, batch.tokens, groups=batch.pairs()).chunk(2)
-        self.val_loss.update(bradley_terry_loss(chosen, rejected))
-        self.val_accuracy.update(accuracy(chosen - rejected))
-        self.val_margin.update(chosen - rejected)
+        _, metrics = self.preference_losses(batch)
+        self.update_val(metrics)
 
-    @override
-    def on_validation_epoch_end(self) -> None:
-        for name in ("loss", "accuracy", "margin"):
-            metric = getattr(self, f"val_{name}")
-            self.log(f"val/{name}", metric.compute(), prog_bar=name == "accuracy")
-            metric.reset()
+    def preference_losses(
+        self, batch: PreferenceBatch
+    ) -> tuple[Float[Tensor, " pair"], dict[str, Float[Tensor, " pair"]]]:
+        """The loss of each pair, and what there is to log of it, detached."""
+        chosen, rejected = sequence_scores(self.model, batch.tokens, groups=batch.pairs()).chunk(2)
+        losses, margins = bradley_terry_loss(chosen, rejected), (chosen - rejected).detach()
+        return losses, {"loss": losses.detach(), "accuracy": accuracy(margins), "margin": margins}

@@ -1,9 +1,8 @@
 """REINFORCE leave-one-out: sample k completions a prompt, and compare each with the others."""
 
 import os
-import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +10,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from core.errors import ConfigurationError
 from datamodules.batches import PromptBatch, TokenBatch
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.forward.completions import CompletionTokens, completion_tokens
@@ -25,21 +22,18 @@ from lightning_modules.functional.reinforce import (
     leave_one_out_advantages,
     policy_gradient_loss,
 )
+from lightning_modules.generation.rollouts import (
+    Rollout,
+    check_advantages,
+    completions_table,
+    rollout_metrics,
+    score_samples,
+    seeds_of,
+)
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.loading import load_reference, without_dropout
 from lightning_modules.rewards import Reward, resolve_reward
-from lightning_modules.rewards.base import checked_scores
 from lightning_modules.rewards.preflight import preflight, remote_parts
-
-ROWS_LOGGED = 8
-
-
-class Rollout(NamedTuple):
-    """Scored samples of one batch of prompts, kept for further updates; a prompt's samples are neighbours."""
-
-    tokens: TokenBatch
-    old_log_probs: Float[Tensor, "prompt sample"]
-    advantages: Float[Tensor, "prompt sample"]
 
 
 class RLOOModule(FineTuningModule):
@@ -124,17 +118,15 @@ class RLOOModule(FineTuningModule):
         return super().longest_sequence(data) + self.max_completion_length
 
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        names = ("score", "reward", *(("kl",) if self.beta else ()), "completion_length", "truncated")
-        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
+    def validation_metrics(self) -> tuple[str, ...]:
+        return "score", "reward", *(("kl",) if self.beta else ()), "completion_length", "truncated"
 
     @override
     def training_step(self, batch: PromptBatch | Rollout, batch_idx: int) -> Tensor:
         if isinstance(batch, Rollout):
             return self.further_update(batch)
         samples = self.sample(batch, count=self.samples_per_prompt, seed_words=(self.current_epoch, batch_idx))
-        scores = self.score(batch, samples)
+        scores = score_samples(self.reward, batch.prompts, samples, self.tokenizer)
 
         completions = self.completions(self.model, samples.tokens, entropy=True)
         log_probs = self.by_prompt(completions)
@@ -144,10 +136,12 @@ class RLOOModule(FineTuningModule):
         losses = policy_gradient_loss(log_probs, advantages)
 
         if self.is_first_step:
-            self.check_advantages(advantages)
+            check_advantages(advantages, self.reward)
         if self.updates_per_rollout > 1:
             self._rollouts.append(Rollout(samples.tokens, log_probs.detach(), advantages))
-        self.log_rollout(batch, samples, scores, rewards, log_ratios, completions)
+        metrics = rollout_metrics(samples, scores, rewards, completions)
+        self.log_step(metrics | ({"kl": log_ratios.mean()} if self.beta else {}), batch_size=scores.numel())
+        self.log_completions(batch, samples, scores)
         return self.sum_for_step(losses, (~advantages.isnan()).any(1).sum())
 
     def further_update(self, rollout: Rollout) -> Tensor:
@@ -161,50 +155,35 @@ class RLOOModule(FineTuningModule):
     @override
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         samples = self.sample(batch, count=1, seed_words=("validation", batch_idx))
-        scores = self.score(batch, samples)
+        scores = score_samples(self.reward, batch.prompts, samples, self.tokenizer)
         log_ratios = torch.zeros_like(scores)
         if self.beta:
             log_probs = self.by_prompt(self.completions(self.model, samples.tokens, count=1), count=1)
             log_ratios = self.log_ratios(log_probs, samples)
-            self.update_val("kl", log_ratios)
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
-        self.update_val("score", scores[~scores.isnan()])
-        self.update_val("reward", rewards[~rewards.isnan()])
-        self.update_val("completion_length", samples.completion_lengths().float())
-        self.update_val("truncated", (~samples.finished).float())
-
-    def update_val(self, name: str, values: Tensor) -> None:
-        """Add to a validation mean."""
-        if values.numel():
-            self.val_metrics[name].update(values)  # type: ignore[operator]
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        for name, metric in self.val_metrics.items():
-            self.log(f"val/{name}", metric.compute(), prog_bar=name == "score")  # type: ignore[operator]
-            metric.reset()  # type: ignore[operator]
+        self.update_val(
+            {
+                "kl": log_ratios,
+                "score": scores[~scores.isnan()],
+                "reward": rewards[~rewards.isnan()],
+                "completion_length": samples.completion_lengths().float(),
+                "truncated": (~samples.finished).float(),
+            }
+        )
 
     def sample(self, batch: PromptBatch, *, count: int, seed_words: tuple[object, ...]) -> Samples:
         """``count`` samples of each prompt, neighbours in the batch; the same for the same seed, words and rank."""
         words = (os.environ.get("PL_GLOBAL_SEED", "0"), *seed_words, self.global_rank)
-        random_seeds = random.Random("-".join(map(str, words)))
         samples: Samples = sample_completions(
             self.model,
             batch.prompt_ids,
             max_completion_length=self.max_completion_length,
             stop_token_ids=self.stop_token_ids(),
-            seeds=[random_seeds.getrandbits(63) for _ in range(count * len(batch.prompt_ids))],
+            seeds=seeds_of(words, count=count * len(batch.prompt_ids)),
             samples_per_prompt=count,
             temperature=self.temperature,
         )
         return samples
-
-    def score(self, batch: PromptBatch, samples: Samples) -> Float[Tensor, "prompt sample"]:
-        """What the reward source says of each sample; NaN where it says nothing."""
-        texts = samples.texts(self.tokenizer)
-        count = len(texts) // len(batch.prompts)
-        scores = checked_scores(self.reward, [prompt for prompt in batch.prompts for _ in range(count)], texts)
-        return torch.tensor(scores, dtype=torch.float32, device=self.device).view(-1, count)
 
     def penalised(self, scores: Float[Tensor, "prompt sample"], samples: Samples) -> Float[Tensor, "prompt sample"]:
         """The scores, less the missing-EOS penalty of samples that were cut."""
@@ -258,72 +237,13 @@ class RLOOModule(FineTuningModule):
             self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, raw)
         return loss
 
-    def check_advantages(self, advantages: Float[Tensor, "prompt sample"]) -> None:
-        """The advantages of a prompt sum to 0, whatever its rewards.
-
-        Raises:
-            RuntimeError: If they do not, or no sample at all could be scored.
-        """
-        if advantages.isnan().all():
-            reason = getattr(self.reward, "last_error", "") or "the reward source returned no score"
-            raise ConfigurationError(f"no sample of the first batch could be scored: {reason}; change model.reward")
-        worst = advantages.nansum(1).abs().max().item()
-        scale = advantages.nan_to_num().abs().max().item()
-        if worst > 1e-4 * max(1.0, scale):
-            raise RuntimeError(f"the advantages of a prompt must sum to 0, got {worst}")
-
-    def log_rollout(
-        self,
-        batch: PromptBatch,
-        samples: Samples,
-        scores: Float[Tensor, "prompt sample"],
-        rewards: Float[Tensor, "prompt sample"],
-        log_ratios: Float[Tensor, "prompt sample"],
-        completions: CompletionTokens,
-    ) -> None:
-        """Log what the samples were like, and now and then some of them."""
-        scored = scores[~scores.isnan()]
-        if scored.numel():
-            self.log("train/score", scored.mean(), prog_bar=True, batch_size=len(scored))
-            self.log("train/reward", rewards[~rewards.isnan()].mean(), batch_size=len(scored))
-        lengths = samples.completion_lengths().float()
-        alike = (scores.nan_to_num(nan=torch.inf).amax(1) - scores.nan_to_num(nan=-torch.inf).amin(1)) == 0
-        assert completions.entropy is not None
-        metrics = {
-            "sampler_drift": self.sampler_drift(samples, completions),
-            "entropy": completions.entropy.mean(),
-            "completion_length": lengths.mean(),
-            "truncated": (~samples.finished).float().mean(),
-            "alike": alike.float().mean(),
-            "unscored": scores.isnan().float().mean(),
-        }
-        if self.beta:
-            metrics["kl"] = log_ratios.mean()
-        self.log_step(metrics, batch_size=len(lengths))
+    def log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:
+        """Log some of the samples, now and then, at the beginning of an optimiser step."""
         first_of_step = self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
         due = self.trainer.global_step % self.log_completions_every == 0 and first_of_step
-        if due and self.trainer.is_global_zero:
-            self._log_completions(batch, samples, scores)
-
-    def sampler_drift(self, samples: Samples, completions: CompletionTokens) -> Float[Tensor, ""]:
-        """Mean over tokens of how far apart, in nats, sampler and training forward hold a token's log-probability.
-
-        The loss takes the training forward's: its gradient needs that forward in any case, and the sampler's, from
-        a cache and other kernels, are equal to it in exact arithmetic alone. In float32 the drift is rounding, some
-        1e-6; in bfloat16 it says how far off-policy the samples are.
-        """
-        return (samples.log_probs - completions.log_probs.detach()).abs().mean()
-
-    def _log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:
-        prompts = [p[-1]["content"] for p in batch.prompts for _ in range(scores.shape[1])]
-        rows = [
-            [self.trainer.global_step, prompt, text, score]
-            for prompt, text, score in zip(
-                prompts, samples.texts(self.tokenizer), scores.flatten().tolist(), strict=True
-            )
-        ]
+        if not (due and self.trainer.is_global_zero):
+            return
+        table = completions_table(self.trainer.global_step, batch.prompts, samples, scores, self.tokenizer)
         for logger in self.loggers:
             if hasattr(logger, "log_table"):
-                logger.log_table(
-                    "train/completions", columns=["step", "prompt", "completion", "score"], data=rows[:ROWS_LOGGED]
-                )
+                logger.log_table("train/completions", **table)

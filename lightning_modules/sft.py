@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from datamodules.batches import TokenBatch
@@ -18,10 +17,8 @@ class SFTModule(FineTuningModule):
     task = "conversations"
 
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.val_loss = MeanMetric()
-        self.val_accuracy = MeanMetric()
+    def validation_metrics(self) -> tuple[str, ...]:
+        return "loss", "token_accuracy"
 
     @override
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -36,14 +33,9 @@ class SFTModule(FineTuningModule):
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         completions = completion_tokens(self.model, batch, accuracy=True)
         assert completions.correct is not None
-        self.val_loss.update(-completions.log_probs)
-        self.val_accuracy.update(completions.correct.float())
+        self.update_val({"loss": -completions.log_probs, "token_accuracy": completions.correct.float()})
 
     @override
     def on_validation_epoch_end(self) -> None:
-        loss = self.val_loss.compute()
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/perplexity", torch.exp(loss))
-        self.log("val/token_accuracy", self.val_accuracy.compute())
-        self.val_loss.reset()
-        self.val_accuracy.reset()
+        self.log("val/perplexity", torch.exp(self.val_metrics["loss"].compute()))  # type: ignore[operator]
+        super().on_validation_epoch_end()

@@ -135,20 +135,20 @@ PLANTED = [
     ),
     Mutant(
         "lightning_modules/reward.py",
-        "self.val_margin.update(chosen - rejected)",
-        "self.val_margin.update(rejected - chosen)",
+        '"margin": margins}',
+        '"margin": -margins}',
         "tests/test_validation_figures.py",
     ),
     Mutant(
         "lightning_modules/reward.py",
-        "self.val_accuracy.update(accuracy(chosen - rejected))",
-        "self.val_accuracy.update(accuracy(rejected - chosen))",
+        "accuracy(margins)",
+        "accuracy(-margins)",
         "tests/test_validation_figures.py",
     ),
     Mutant(
         RLOO,
-        'self.update_val("score", scores[~scores.isnan()])',
-        'self.update_val("score", scores.nan_to_num())',
+        '"score": scores[~scores.isnan()]',
+        '"score": scores.nan_to_num()',
         "tests/test_validation_figures.py",
     ),
     Mutant(
@@ -261,8 +261,8 @@ PLANTED = [
     ),
     Mutant(
         "callbacks/evaluation/metrics.py",
-        'count["failed"] <= max_failed_share',
-        'count["failed"] < max_failed_share',
+        "failed <= max_failed_share",
+        "failed < max_failed_share",
         "tests/test_evaluation_trust.py -k share",
     ),
     Mutant(
@@ -284,7 +284,7 @@ PLANTED = [
         "tests/test_generation.py -k vocabulary",
     ),
     Mutant(
-        "lightning_modules/generation/family_decoder.py",
+        "lightning_modules/generation/decoders.py",
         '        and rope.get("partial_rotary_factor", 1.0) == 1.0\n',
         "",
         "tests/test_decode.py -k exactly",

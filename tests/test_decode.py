@@ -19,8 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lightning_modules.generation.decoders import TransformersDecoder, decoder
-from lightning_modules.generation.family_decoder import FamilyDecoder, decodes
+from lightning_modules.generation.decoders import TransformersDecoder, decoder, decodes
+from lightning_modules.generation.family_decoder import FamilyDecoder
 from lightning_modules.generation.projections import packs, projection
 
 SMALL = {

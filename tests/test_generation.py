@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from lightning_modules.forward.completions import completion_tokens
-from lightning_modules.generation.decoders import decoder
-from lightning_modules.generation.family_decoder import decodes
+from lightning_modules.generation.decoders import decoder, decodes
 from lightning_modules.generation.projections import packs
 from lightning_modules.generation.sampler import Samples, sample_completions
 

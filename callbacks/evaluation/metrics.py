@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from callbacks.evaluation.result import Calls, EvaluationResult, Group
+from callbacks.evaluation.result import EvaluationResult, Group
 from datamodules.messages import Message
 from lightning_modules.functional.length_control import length_controlled_win_rate
 from lightning_modules.functional.statistics import (
@@ -78,40 +78,25 @@ class Pair(NamedTuple):
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields}
 
 
-def evaluation_result(
-    pairs: Sequence[Pair],
-    *,
-    reward_source: str,
-    reference: str,
-    model: str | None = None,
-    model_digest: str | None = None,
-    calls: Calls | None = None,
-    max_failed_share: float = 0.1,
-) -> EvaluationResult:
+def evaluation_result(pairs: Sequence[Pair], *, max_failed_share: float = 0.1, **about: Any) -> EvaluationResult:
     """The figures of the pairs; failed ones are counted and in no average.
 
     Args:
         pairs: In the order of their prompts.
-        reward_source: Who judged.
-        reference: The model compared with.
-        model: The model evaluated, in words.
-        model_digest: Of its weights.
-        calls: What became of the requests.
         max_failed_share: Beyond this share of failed pairs the evaluation is not valid.
+        **about: What was evaluated, by whom and at what cost: the other fields of the result.
     """
     scored = [pair for pair in pairs if pair.outcome != "failed"]
-    count = {name: sum(pair.outcome == name for pair in pairs) for name in ("win", "tie", "loss", "failed")}
-    rewards = torch.tensor([pair.reward for pair in scored], dtype=torch.float64)
-    reference_rewards = torch.tensor([pair.reference_reward for pair in scored], dtype=torch.float64)
-    lengths = torch.tensor([pair.completion_tokens for pair in scored], dtype=torch.float64)
-    reference_lengths = torch.tensor([pair.reference_tokens for pair in scored], dtype=torch.float64)
+    wins, ties, losses, failed = (sum(p.outcome == name for p in pairs) for name in ("win", "tie", "loss", "failed"))
+    columns = [(p.reward, p.reference_reward, p.completion_tokens, p.reference_tokens) for p in scored]
+    rewards, reference_rewards, lengths, reference_lengths = torch.tensor(columns, dtype=torch.float64).view(-1, 4).T
     improvements, longer = rewards - reference_rewards, lengths - reference_lengths
     at_equal_length = length_controlled_win_rate(outcomes(rewards, reference_rewards), longer)
-    rate = win_rate(count["win"], count["tie"], count["loss"])
+    rate = win_rate(wins, ties, losses)
     return EvaluationResult(
         win_rate=rate,
-        win_rate_ci=win_rate_interval(count["win"], count["tie"], count["loss"]),
-        sign_test_p=sign_test(count["win"], count["loss"]) if scored else math.nan,
+        win_rate_ci=win_rate_interval(wins, ties, losses),
+        sign_test_p=sign_test(wins, losses) if scored else math.nan,
         length_controlled_win_rate=at_equal_length.rate,
         length_controlled_win_rate_ci=at_equal_length.interval,
         length_controlled_note=at_equal_length.reason or None,
@@ -121,20 +106,16 @@ def evaluation_result(
         reward_improvement_ci=mean_interval(improvements),
         length_ratio=(lengths.mean() / reference_lengths.mean()).item(),
         reward_length_correlation=rank_correlation(improvements, longer),
-        wins=count["win"],
-        ties=count["tie"],
-        losses=count["loss"],
-        failed=count["failed"],
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        failed=failed,
         prompts=len(pairs),
-        prompts_needed=prompts_needed(rate, tie_share=count["tie"] / max(1, len(scored))),
+        prompts_needed=prompts_needed(rate, tie_share=ties / max(1, len(scored))),
         win_rate_by_prompt_length=by_prompt_length(pairs),
         win_rate_by_source=by_source(pairs),
-        valid=count["failed"] <= max_failed_share * len(pairs) and count["failed"] < len(pairs),
-        model=model,
-        model_digest=model_digest,
-        reward_source=reward_source,
-        reference=reference,
-        calls=calls,
+        valid=failed <= max_failed_share * len(pairs) and failed < len(pairs),
+        **about,
     )
 
 

@@ -1,4 +1,15 @@
-"""Padded rows laid flat: every attended token once, and where the rows share their beginning, that only once too."""
+"""Padded rows laid flat: every attended token once, and where the rows share their beginning, that only once too.
+
+Two completions of one prompt, `p p p a a` and `p p p b`, become one row of three segments::
+
+    tokens     p p p | a a | b       what is multiplied: 6 tokens, of 10 in the padded batch
+    positions  0 1 2 | 3 4 | 3       as in the rows that they are from, so that rotary embeddings are the same
+    prefixes   none    0     0       what a segment attends to before itself
+
+A layer's multiplications and norms work token by token and need know nothing of this; attention alone does, and gets
+the segments (``forward/attention.py``). Gradients of the shared tokens then add up by themselves, since both
+completions read the same states. Padding on either side, or none, gives the same flat row.
+"""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -97,7 +108,7 @@ def flatten(batch: TokenBatch, groups: Sequence[int] | None = None) -> FlatBatch
         if leader == i and shared[i]:
             prefixes[i] = len(segments)
             segments.append((shared[i], None))
-        if length > shared[i]:
+        if length > shared[i]:  # a row that is all prefix has no segment of its own
             segments.append((length - shared[i], prefixes.get(leader)))
         offset += length if leader == i else length - shared[i]
 
@@ -126,6 +137,7 @@ def _shared_lengths(
     """For each row, how many tokens all rows with the same leader begin with; 0 for a row alone."""
     if len(set(leaders)) == len(leaders):
         return [0] * len(leaders)
+    # Rows side by side from their first token on, then how far each agrees with its leader: up to the first difference.
     aligned = ids.new_full((len(lengths), max(lengths)), -1)
     aligned[row, positions] = ids
     leader_of = torch.tensor(leaders, device=ids.device)

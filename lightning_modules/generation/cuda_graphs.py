@@ -1,4 +1,10 @@
-"""Replaying a decode step as a CUDA graph, so that Python's and the launches' cost is paid once for many tokens."""
+"""Replaying a decode step as a CUDA graph, so that Python's and the launches' cost is paid once for many tokens.
+
+A graph is a recording of kernels with the addresses that they read and write. So whatever changes between steps must be
+copied to where the recording reads it (tokens and positions), whatever grows must already be there (the cache at its
+final length), and what decides which kernels run (rows, and the width in whole blocks) is part of the key under which
+the recording is kept. The first run before a capture writes the same keys and values that the replay writes again.
+"""
 
 import warnings
 from collections.abc import Callable

@@ -5,11 +5,15 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from lightning_modules.forward.completions import position_ids
-from lightning_modules.generation.family_decoder import FamilyDecoder, decodes
+from lightning_modules.generation.family_decoder import FamilyDecoder
+
+FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose frequencies do not depend on the sequence's length."""
 
 
 @runtime_checkable
@@ -24,6 +28,32 @@ class Decoder(Protocol):
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with these rows alone, in this order."""
+
+
+def decodes(model: PreTrainedModel) -> bool:
+    """Whether the architecture is exactly the one that ``FamilyDecoder`` computes."""
+    if type(model) not in FAMILY:
+        return False
+    config = model.config
+    rope = config.rope_parameters
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    windowed = isinstance(model, MistralForCausalLM) and config.sliding_window is not None
+    linears = [
+        module
+        for layer in model.model.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, module in part.named_children()
+        if name.endswith("_proj")
+    ]
+    return (
+        rope["rope_type"] in FIXED_ROTATIONS
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and set(kinds) == {"full_attention"}
+        and not windowed
+        and all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])  # no adapters, no quantisation
+        and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
+        and {parameter.device for parameter in model.parameters()} == {model.device}
+    )
 
 
 def decoder(

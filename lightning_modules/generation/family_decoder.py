@@ -1,4 +1,12 @@
-"""A decode step of our own for the Llama and Qwen2 family: one token a row, without transformers' cost a layer."""
+"""A decode step of our own for the Llama and Qwen2 family: one token a row, without transformers' cost a layer.
+
+Why: a step of a small model is some hundred small operations, and transformers' Python between them takes longer than
+they do; its cache grows by copying, and its numbers depend on the padding. Here the cache is made once at its final
+length, so that nothing is copied and a CUDA graph can replay a step (``cuda_graphs.py``), and a row's sums are taken
+over whole blocks of fixed width, so that they are the same to the last bit whatever stands beside it: a seed then
+gives the same completion in every batch, which the evaluation's cache and the tests rely on. What is not exactly this
+family goes another way (``decoders.py``).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,42 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
 from lightning_modules.generation.cuda_graphs import StepGraphs
 from lightning_modules.generation.projections import Projection, projection
 
-FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding whose frequencies do not depend on the sequence's length."""
 BLOCK = 128
 """Cached tokens that attention reads together: a row's sums are then the same however long the rows beside it are."""
-
-
-def decodes(model: PreTrainedModel) -> bool:
-    """Whether the architecture is exactly the one that ``FamilyDecoder`` computes."""
-    if type(model) not in FAMILY:
-        return False
-    config = model.config
-    rope = config.rope_parameters
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    windowed = isinstance(model, MistralForCausalLM) and config.sliding_window is not None
-    linears = [
-        module
-        for layer in model.model.layers
-        for part in (layer.self_attn, layer.mlp)
-        for name, module in part.named_children()
-        if name.endswith("_proj")
-    ]
-    return (
-        rope["rope_type"] in FIXED_ROTATIONS
-        and rope.get("partial_rotary_factor", 1.0) == 1.0
-        and set(kinds) == {"full_attention"}
-        and not windowed
-        and all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])  # no adapters, no quantisation
-        and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
-        and {parameter.device for parameter in model.parameters()} == {model.device}
-    )
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -134,6 +113,7 @@ class FamilyDecoder:
         places = torch.arange(len(rows), device=rows.device)
         moved = rows != places
         if moved.any():
+            # Indexing makes a copy of what is read before it is written, so overlapping moves are safe.
             used = self.cache[..., : self.longest, :]
             used[:, :, places[moved]] = used[:, :, rows[moved]]
         self.cache = self.cache[:, :, : len(rows)]
@@ -175,6 +155,8 @@ class FamilyDecoder:
         queries, keys = self.head_counts
         turned, values = states[:, : queries + keys], states[:, queries + keys :]
         cos, sin = rotation
+        # (a, b) turned is (a cos - b sin, b cos + a sin): a half turn of the head swaps a and b, and the sines of the
+        # first half carry the minus, so that one roll does what transformers does with a negation and a concatenation.
         turned = (turned * cos + turned.roll(self.head_dim // 2, dims=-1) * sin).to(self.dtype)
         key_value = torch.stack([turned[:, queries:], values], dim=1)
         return turned[:, :queries].unflatten(1, (keys, -1)), key_value

@@ -1,7 +1,7 @@
 """Sampling completions: one free function, shared by RLOO and the evaluation."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,29 +70,23 @@ def sample_completions(
         top_k: Sample from so many likeliest tokens; 0 for all.
         min_length: No stop token is among a completion's first so many tokens.
     """
-    device = model.device
     stops = torch.tensor([token for token in stop_token_ids if token < model.config.vocab_size], dtype=torch.long)
     pad_token_id = int(stops[0]) if len(stops) else 0
-    stops = stops.to(device)
-    uniforms = _uniforms(seeds, max_completion_length).to(device)
-    tokens = torch.full(uniforms.shape, pad_token_id, device=device)
+    uniforms = _uniforms(seeds, max_completion_length).to(model.device)
+    stops = stops.to(model.device)
+    tokens = torch.full(uniforms.shape, pad_token_id, device=model.device)
     log_probs = torch.zeros_like(uniforms)
-    rows = torch.arange(len(seeds), device=device)  # what each row of the decoder is a completion of
+    rows = torch.arange(len(seeds), device=model.device)  # what each row of the decoder is a completion of
     ended = torch.zeros_like(rows, dtype=torch.bool)
+    how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     with evaluating(model):
-        decoding = decoder(
-            model,
-            prompt_ids,
-            samples_per_prompt=samples_per_prompt,
-            max_completion_length=max_completion_length,
-        )
+        limits = {"samples_per_prompt": samples_per_prompt, "max_completion_length": max_completion_length}
+        decoding = decoder(model, prompt_ids, **limits)
         logits = decoding.start()
         for step in range(max_completion_length):
             if step < min_length:
                 logits = logits.index_fill(-1, stops, -torch.inf)
-            drawn, log_prob = draw_tokens(
-                logits, uniforms[rows, step], temperature=temperature, top_p=top_p, top_k=top_k
-            )
+            drawn, log_prob = draw_tokens(logits, uniforms[rows, step], **how)
             tokens[rows, step], log_probs[rows, step] = drawn, log_prob
             ended |= torch.isin(drawn, stops)
             if step + 1 == max_completion_length or (leaves := _leaves(ended, step)) == len(rows):
