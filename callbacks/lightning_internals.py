@@ -14,9 +14,13 @@ __all__ = [
     "SignalConnector",
     "at_step_boundary",
     "cluster_environment",
+    "count_logged_steps",
+    "ends_epoch",
     "install_signals",
     "log_step",
     "may_stop_early",
+    "pending_metrics",
+    "requeued_from",
     "save_and_requeue",
     "signals_of",
     "validation_follows",
@@ -29,6 +33,11 @@ def at_step_boundary(trainer: Trainer) -> bool:
     ``_should_accumulate`` is true where the batch that has just run was no window's last, an epoch's last aside.
     """
     return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def ends_epoch(trainer: Trainer) -> bool:
+    """Whether the batch that has just run was the epoch's last."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def validation_follows(trainer: Trainer) -> bool:
@@ -51,6 +60,29 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
+def pending_metrics(trainer: Trainer) -> tuple[int, dict[str, float]] | None:
+    """Step and values of what the loop logs of this batch once the callbacks have had their turn; None if nothing.
+
+    Within ``on_train_batch_end`` the batch is processed and not completed. ``metrics`` is read without being changed.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    batches: Any = loop.batch_progress.current
+    batch_has_ended = batches.completed == batches.processed
+    if batch_has_ended or not trainer.training or not connector.should_update_logs or not at_step_boundary(trainer):
+        return None
+    metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+    return (loop._batches_that_stepped, {**metrics, "epoch": trainer.current_epoch}) if metrics else None
+
+
+def count_logged_steps(trainer: Trainer) -> None:
+    """Have loggers count the steps as the optimiser does.
+
+    ``_batches_that_stepped`` is the step that metrics are logged at; between batches it is the optimiser's count, save
+    after some of Lightning's restarts.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
     """Who launched the processes."""
     environment: ClusterEnvironment | None = trainer._accelerator_connector.cluster_environment
@@ -65,6 +97,11 @@ def signals_of(trainer: Trainer) -> Any:
 def install_signals(trainer: Trainer, signals: SignalConnector) -> None:
     """Have another handle them."""
     trainer._signal_connector = signals
+
+
+def requeued_from(trainer: Trainer) -> str | None:
+    """The checkpoint that SLURM's requeue left in the run's folder, which a fit goes on from before any other."""
+    return trainer._checkpoint_connector._hpc_resume_path
 
 
 def save_and_requeue(trainer: Trainer, signum: int) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from callbacks.checkpoints.checkpoint_io import newest_usable, unusable
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
@@ -23,6 +25,8 @@ def resolve_checkpoint(ckpt_path: str | None, root: Path, directory: Path) -> st
     """
     if ckpt_path == "last":
         found = newest_usable([*directory.glob("*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")])
+        if found is None:
+            rank_zero_info(f"{directory} holds no checkpoint yet, so a training starts anew")
         return str(found) if found else None
     if ckpt_path == "best":
         known = ", ".join(str(file) for file in sorted(directory.glob("*.ckpt"))) or "none so far"

@@ -18,6 +18,7 @@ from typing_extensions import override
 from callbacks import HuggingFaceExport, NemotronEvaluation
 from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO, plain_values
+from callbacks.checkpoints.exact_resume import ExactResume
 from callbacks.checkpoints.preemption import Preemption
 from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, run_options
 from callbacks.logging.line_progress import LineProgress
@@ -157,7 +158,7 @@ class SuiteCLI(LightningCLI):
         if not config.trainer.fast_dev_run:
             FolderLock(Path(root), str(self.subcommand)).take()
         kwargs["logger"] = self._loggers()
-        own: list[Callback] = [Preemption(), RunOptions(self.options)]
+        own: list[Callback] = [ExactResume(self.ckpt_path), Preemption(), RunOptions(self.options)]
         if self.subcommand == "fit" and self.starts_over is not None:
             own.append(StartOver(self.starts_over))
         if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:

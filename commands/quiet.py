@@ -22,6 +22,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # so it is meant
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # ours knows by ExactResume
     noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))

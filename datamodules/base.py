@@ -21,6 +21,7 @@ from datamodules.batches import collate_conversations, collate_preferences, coll
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
+from datamodules.position import BEGINNING, ResumableSampler
 from datamodules.source import load_rows
 from datamodules.token_budget import TokenBudgetSampler
 
@@ -86,6 +87,8 @@ class ChatDataModule(LightningDataModule):
         self.chat_template = chat_template
         self.tokens_per_batch = tokens_per_batch
         self.dropped: dict[str, Counter[str]] = {}
+        self.start = BEGINNING
+        """Where training begins; a run that is resumed sets it."""
         self._splits: dict[str, Dataset] = {}
         self._check_options()
 
@@ -140,6 +143,7 @@ class ChatDataModule(LightningDataModule):
 
     def _loader(self, rows: Dataset, *, shuffle: bool) -> DataLoader[Any]:
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        start = self.start if shuffle else BEGINNING
         collate = self._collate()
         sampler: DistributedSampler[Any]
         if self.tokens_per_batch is not None:
@@ -150,10 +154,13 @@ class ChatDataModule(LightningDataModule):
                 rank=rank,
                 shuffle=shuffle,
                 seed=self.seed,
+                start=start,
             )
             collate = partial(collate_columns, collate=collate)
         elif shuffle:
-            sampler = DistributedSampler(rows, world_size, rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type]
+            sampler = ResumableSampler(
+                rows, world_size, rank, shuffle=True, seed=self.seed, start=start, rows_per_batch=self.batch_size
+            )
         else:
             sampler = UnrepeatedDistributedSampler(rows, num_replicas=world_size, rank=rank, shuffle=False)
         return DataLoader(

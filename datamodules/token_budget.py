@@ -4,11 +4,12 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
+from datamodules.position import BEGINNING, Position, ResumableSampler
 
-class TokenBudgetSampler(DistributedSampler[list[int]]):
+
+class TokenBudgetSampler(ResumableSampler):
     """Yields lists of rows whose tokens fit a budget; a ``DataLoader`` takes it with ``batch_size=None``.
 
     The rows are packed once, so that every epoch has the same number of batches; their order is another each epoch.
@@ -21,19 +22,28 @@ class TokenBudgetSampler(DistributedSampler[list[int]]):
         shuffle: Whether rows meet at random and batches come in a new order each epoch. Every process then has the
             same number of batches, for which some are split; else the last ones may have one less.
         seed: Of the packing and of the orders.
+        start: Where the first epoch begins.
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, budget: int, world_size: int, rank: int, shuffle: bool, seed: int
+        self,
+        lengths: Sequence[int],
+        *,
+        budget: int,
+        world_size: int,
+        rank: int,
+        shuffle: bool,
+        seed: int,
+        start: Position = BEGINNING,
     ) -> None:
-        super().__init__(range(len(lengths)), world_size, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        super().__init__(range(len(lengths)), world_size, rank, shuffle=shuffle, seed=seed, start=start)
         order = self._order(len(lengths), seed) if shuffle else range(len(lengths))
         self.batches = best_fit(lengths, order, budget=budget)
         if shuffle:
             self.batches = split_to_multiple(self.batches, world_size)
 
     @override
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]  # the base class yields single rows
+    def in_order(self) -> Iterator[list[int]]:
         count = len(self.batches)
         order = self._order(count, self.seed + self.epoch) if self.shuffle else range(count)
         return (self.batches[i] for i in order[self.rank :: self.num_replicas])

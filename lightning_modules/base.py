@@ -1,8 +1,11 @@
 """What the methods share: options, loading, the optimiser, and the mean over everything in an optimiser step."""
 
+import os
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -163,6 +166,19 @@ class FineTuningModule(LightningModule):
         """
         self._step_count = self._step_count.to(self.device) + count
         return losses.sum()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set every stream of random numbers by where in the run this batch is, so that none needs to be kept.
+
+        What a validation or an evaluation draws then changes no step, and a run that is resumed draws what it would
+        have drawn.
+        """
+        words = os.environ.get("PL_GLOBAL_SEED", "0"), self.current_epoch, batch_idx, self.global_rank
+        seed = random.Random("-".join(map(str, words))).getrandbits(32)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

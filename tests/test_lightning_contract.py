@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -18,8 +19,12 @@ ROOT = Path(__file__).parents[1]
 RELIED_ON: list[tuple[Any, str, list[str] | None]] = [
     (_TrainingEpochLoop, "_should_accumulate", []),
     (_TrainingEpochLoop, "_should_check_val_fx", ["data_fetcher"]),
+    (_TrainingEpochLoop, "_num_ready_batches_reached", []),
     (_FitLoop, "_can_stop_early", None),
     (_LoggerConnector, "on_batch_end", []),
+    (_LoggerConnector, "should_update_logs", None),
+    (_LoggerConnector, "metrics", None),
+    (_CheckpointConnector, "_hpc_resume_path", None),
     (_LoggerConnector, "update_train_step_metrics", []),
     (_SignalConnector, "register_signal_handlers", []),
     (_SignalConnector, "_register_signal", ["signum", "handlers"]),
@@ -49,10 +54,14 @@ def test_what_is_relied_on_is_there(owner: Any, name: str, parameters: list[str]
 
 def test_a_trainer_has_the_parts_that_are_reached() -> None:
     trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    for name in ("_signal_connector", "_logger_connector", "_accelerator_connector"):
+    for name in ("_signal_connector", "_logger_connector", "_accelerator_connector", "_checkpoint_connector"):
         assert hasattr(trainer, name), f"this Lightning's Trainer has no {name} any more"
     assert hasattr(trainer._accelerator_connector, "cluster_environment")
     assert hasattr(trainer.fit_loop, "_data_fetcher")
+    assert hasattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped")
+    loops = trainer.fit_loop.state_dict()
+    for name in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"):
+        assert set(loops[name]["current"]) == {"ready", "started", "processed", "completed"}, name
     assert hasattr(LightningModule(), "_trainer")
 
 

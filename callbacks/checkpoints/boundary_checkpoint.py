@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from callbacks.lightning_internals import at_step_boundary
+from callbacks.lightning_internals import at_step_boundary, ends_epoch, validation_follows
 from core.errors import ConfigurationError
 from core.files import check_writable
 
@@ -31,7 +31,7 @@ class BoundaryCheckpoint(ModelCheckpoint):
     """
 
     _due = False
-    """Whether a validation ended within a window of accumulation, so its save waits for the window's end."""
+    """Whether a validation's save waits: for the end of the window of accumulation, or of the epoch."""
 
     def __init__(self, *args: Any, last_every_minutes: float | None = 30.0, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -103,19 +103,37 @@ class BoundaryCheckpoint(ModelCheckpoint):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._due = not trainer.sanity_checking and not at_step_boundary(trainer)
+        if trainer.sanity_checking:
+            return
+        self._due = not at_step_boundary(trainer) or ends_epoch(trainer)
         if not self._due:
-            super().on_validation_end(trainer, pl_module)
+            self._save_validated(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what a validation at the epoch's end asked for, once the epoch's other hooks have run."""
+        if self._due:
+            self._save_validated(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _save_validated(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._due = False
+        super().on_train_batch_end(trainer, pl_module, None, None, trainer.fit_loop.batch_idx)  # every_n_train_steps
+        super().on_validation_end(trainer, pl_module)
+        self._save_if_late(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not at_step_boundary(trainer):
+        if not at_step_boundary(trainer) or validation_follows(trainer):  # which ends with the same save, or a better
             return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._due:
-            self.on_validation_end(trainer, pl_module)
+            self._save_validated(trainer, pl_module)
+        self._save_if_late(trainer)
+
+    def _save_if_late(self, trainer: Trainer) -> None:
         if self._late(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")
             self._saved_at = time.monotonic()

@@ -107,8 +107,8 @@ class Preemption(Callback):
         if at_step_boundary(trainer) and not validation_follows(trainer):
             signum = asked(trainer)
             if signum:
-                log_step(trainer)
                 self._save(trainer, signum)
+                log_step(trainer)
                 raise leave(trainer, signum)
 
     @override

@@ -42,9 +42,15 @@ def flat(options: Any, name: str = "") -> dict[str, Any]:
         named = ((key, f"{name}.{key}".lstrip(".") if key != "init_args" else name) for key in options)
         return {n: value for key, inner in named for n, value in flat(options[key], inner).items()}
     if isinstance(options, (list, tuple)):
-        return {name: [flat(item) if isinstance(item, Mapping) else str(item) for item in options]}
+        return {name: [flat(item) if isinstance(item, Mapping) else told_of(item) for item in options]}
     plain = options is None or isinstance(options, (str, int, float, bool))
-    return {name: options if plain else str(options)}
+    return {name: options if plain else told_of(options)}
+
+
+def told_of(value: Any) -> str:
+    """A value as the same text in every process: of a function or class its import path, as repr has an address."""
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name else str(value)
 
 
 def check_same_run(saved: Mapping[str, Any], asked: Mapping[str, Any], checkpoint: str) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(self.file_name, {"step": step, **finite})
+        self._append(self.file_name, {"step": step, **dict(sorted(finite.items()))})
 
     @rank_zero_only
     def log_table(self, key: str, columns: list[str], data: list[list[Any]]) -> None:
@@ -63,6 +64,22 @@ class MetricsFile(Logger):
         for row in data:
             cells = [None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row]
             self._append(TABLES, {"table": key, **dict(zip(columns, cells, strict=True))})
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file so far."""
+        paths = [self.directory / name for name in (self.file_name, TABLES)]
+        return {path.name: path.stat().st_size if path.is_file() else 0 for path in paths}
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Cut the files to the sizes that they had, as the lines after them will be written again.
+
+        Args:
+            sizes: Of :meth:`sizes`; a file that is not in it is emptied.
+        """
+        for name, size in self.sizes().items():
+            if size > sizes.get(name, 0) and not (self.directory / name).is_symlink():
+                with suppress(OSError):  # a disk that takes no lines is told with the next one
+                    os.truncate(self.directory / name, sizes.get(name, 0))
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         """Append a line; a disk that takes none costs a warning and that line, never the run or a line before."""

@@ -1,0 +1,107 @@
+"""Exact resume: a run that was stopped anywhere and goes on ends as the one that was not, bit for bit.
+
+Lightning restores weights, optimiser, schedule and counters. What is added here, each because without it a resumed run
+differs and says nothing: where in the data the run is, counters that mean the same at whatever hook the checkpoint was
+written, whether training was to stop, and the log as it was then. Random numbers need no state, as every batch sets
+their seeds (``lightning_modules/base.py``).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from callbacks.checkpoints.checkpoint_io import plain_values
+from callbacks.lightning_internals import count_logged_steps, pending_metrics, requeued_from
+from callbacks.logging.metrics_file import MetricsFile
+from core.errors import ConfigurationError
+from datamodules.base import ChatDataModule
+from datamodules.position import Position
+
+KEY = "exact_resume"
+
+
+class ExactResume(Callback):
+    """Writes what a resumed run needs into each checkpoint, and puts it in place before training begins.
+
+    Args:
+        ckpt_path: The checkpoint that the run goes on from, if it does; SLURM's requeue names its own.
+    """
+
+    def __init__(self, ckpt_path: str | None = None) -> None:
+        self.ckpt_path = ckpt_path
+        self._found: dict[str, Any] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the checkpoint, and have the data begin where it ends, before any model is loaded."""
+        if stage != "fit":
+            return
+        path = requeued_from(trainer) or self.ckpt_path
+        self._found = plain_values(Path(path), KEY) if path else {}
+        processes = self._found.get("processes", trainer.world_size)
+        if processes != trainer.world_size:
+            raise ConfigurationError(
+                f"{path} is of a run on {processes} processes, this one has {trainer.world_size}, whose "
+                "batches would be others; change trainer.devices or num_nodes back, or train anew in another "
+                "trainer.default_root_dir"
+            )
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ChatDataModule):
+            data.start = Position(*self._found.get("position", ()))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut what the stopped run logged after its checkpoint, and stop where it was about to."""
+        trainer.should_stop = bool(self._found.get("should_stop", False))
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for record in records(trainer):
+                record.cut(self._found.get("log", {}))
+                for step, metrics in self._found.get("pending", ()):
+                    record.log_metrics(metrics, step)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        count_logged_steps(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        pending = pending_metrics(trainer)
+        checkpoint[KEY] = {
+            "position": list(settle(checkpoint["loops"]["fit_loop"])),
+            "processes": trainer.world_size,
+            "should_stop": trainer.should_stop,
+            "log": {name: size for record in records(trainer) for name, size in record.sizes().items()},
+            "pending": [pending] if pending is not None else [],
+        }
+
+
+def records(trainer: Trainer) -> list[MetricsFile]:
+    """The run's own logs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
+
+
+def settle(loops: dict[str, Any]) -> Position:
+    """Make the saved counters say what has been done, whatever hook saved them, and tell where in the data that is.
+
+    Lightning guesses from half-advanced counters where it was; saved after a batch they say that the batch has not
+    ended, saved after an epoch that the epoch has not. Within an epoch all batches begun are done. At its end the next
+    epoch has not begun.
+
+    Args:
+        loops: The fit loop's state; changed in place.
+    """
+    epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    ended = epochs["current"]["processed"] == epochs["current"]["started"]
+    for counts in (epochs["total"], epochs["current"]) if ended else ():
+        counts["completed"] = counts["processed"]
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"]
+    if ended:
+        batches["current"].update(ready=0, started=0, processed=0, completed=0)
+        batches["is_last_batch"] = False
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        for counts in (validation["total"], validation["current"]):
+            counts.update(ready=0, started=0, processed=0, completed=0)
+    return Position(epochs["current"]["processed"], batches["current"]["processed"])

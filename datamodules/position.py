@@ -1,0 +1,46 @@
+"""Where in its data a run is, so that one that is resumed sees the rows that are still to come, and no row twice."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch.utils.data import DistributedSampler
+from typing_extensions import override
+
+
+class Position(NamedTuple):
+    """How far a process has come: in epoch ``epoch``, behind so many of its batches."""
+
+    epoch: int = 0
+    batches: int = 0
+
+
+BEGINNING = Position()
+
+
+class ResumableSampler(DistributedSampler[Any]):
+    """Rows in an order that epoch and seed decide; one epoch begins where a stopped run had come to.
+
+    The skipped rows are never loaded. The epoch is known from the start, as Lightning makes its first iterator before
+    it says which epoch it is.
+
+    Args:
+        options: Of DistributedSampler.
+        start: Where to begin.
+        rows_per_batch: Indices that a batch takes.
+    """
+
+    def __init__(self, *options: Any, start: Position = BEGINNING, rows_per_batch: int = 1, **named: Any) -> None:
+        super().__init__(*options, **named)
+        self.start = start
+        self.rows_per_batch = rows_per_batch
+        self.epoch = start.epoch
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        skipped = self.start.batches * self.rows_per_batch if self.epoch == self.start.epoch else 0
+        return islice(self.in_order(), skipped, None)
+
+    def in_order(self) -> Iterator[Any]:
+        """All of this process's indices of the epoch."""
+        return super().__iter__()

@@ -1,0 +1,229 @@
+"""Runs that are killed at random moments and resumed by the same command, against the same run left alone.
+
+python -m tests.kills --kills 20 --methods SFTModule RLOOModule
+
+Each run is killed once to three times with SIGKILL, then left to end. Its final weights and its log must be those of
+the uninterrupted run, byte for byte. The processes are forked from one that has imported everything.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from cli import main as cli_main
+from tests.conftest import tiny_tokenizer
+from tests.evaluation_run import write_rows
+
+METHODS = ("SFTModule", "RewardModule", "DPOModule", "RLOOModule")
+SIDES = {"chosen": "yes", "rejected": "no way"}
+FORK = multiprocessing.get_context("fork")
+LIMIT_S = 300.0
+
+
+class Outcome(NamedTuple):
+    """What became of the runs of a method."""
+
+    runs: int
+    kills: int
+    equal: int
+    different: list[str]
+    """What differed, run by run."""
+
+
+def make_material(directory: Path) -> None:
+    """Rows, and a small model with dropout, so that every step draws random numbers."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(directory / "model")
+    torch.manual_seed(7)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        attention_dropout=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory / "model")
+    for split in ("train", "test"):
+        write_rows(directory / f"{split}.jsonl", 11)
+    for split in ("train_prefs", "test_prefs"):
+        rows = [
+            {"prompt": f"q{i}", **{side: talk(f"q{i}", f"{answer} {i}") for side, answer in SIDES.items()}}
+            for i in range(11)
+        ]
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    """A question and its answer."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def command(material: Path, run: Path, method: str, *, workers: int, epochs: int) -> list[str]:
+    """The same command for the first start and for every later one."""
+    task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
+    model: dict[str, Any] = {"model_name": str(material / "model"), "learning_rate": 1e-2}
+    if method == "RLOOModule":
+        reward = "lightning_modules.rewards.rules.brevity"
+        model |= {"reward": reward, "max_completion_length": 5, "samples_per_prompt": 2, "updates_per_rollout": 2}
+    content = {
+        "export": {},
+        "trainer": {
+            "default_root_dir": str(run),
+            "accelerator": "cpu",
+            "max_epochs": epochs,
+            "accumulate_grad_batches": 2,
+            "val_check_interval": 0.5,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+        },
+        "model": {"class_path": f"lightning_modules.{method}", "init_args": model},
+        "data": {
+            "class_path": "datamodules.UltraFeedbackDataModule",
+            "init_args": {
+                "dataset_name": str(material),
+                "task": task,
+                "batch_size": 2,
+                "max_length": 64,
+                "num_workers": workers,
+            },
+        },
+        "evaluation": {
+            "reward": "lightning_modules.rewards.rules.brevity",
+            "dataset_name": str(material),
+            "num_prompts": 0 if method == "RewardModule" else 3,
+            "max_completion_length": 4,
+        },
+        "checkpoint": {"monitor": None, "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
+    }
+    if method != "RLOOModule":
+        content["data"]["init_args"]["tokens_per_batch"] = 96  # type: ignore[index]
+    file = run.parent / f"{run.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(content))
+    return ["fit", "--config", str(file), "--ckpt_path", "last"]
+
+
+def start(arguments: list[str], log: Path) -> Any:
+    """The command in a process of its own."""
+    process = FORK.Process(target=_process, args=(arguments, log))
+    process.start()
+    return process
+
+
+def _process(arguments: list[str], log: Path) -> None:
+    os.setsid()
+    os.environ |= {"WANDB_MODE": "disabled", "HF_DATASETS_CACHE": str(log.parent / "datasets")}
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    sys.argv = ["cli.py"]
+    sys.exit(cli_main(arguments))
+
+
+def trial(material: Path, folder: Path, method: str, rng: random.Random, *, kills: int, **options: Any) -> int:
+    """A run that is killed so many times, if it lives so long, and then left alone; how many times it was."""
+    arguments = command(material, folder / "run", method, **options)
+    killed = 0
+    for _ in range(kills):
+        process = start(arguments, folder / "log.txt")
+        process.join(rng.uniform(0.5, options_seconds(folder)))
+        if process.exitcode is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        killed += 1
+    process = start(arguments, folder / "log.txt")
+    process.join(LIMIT_S)
+    if process.exitcode != 0:
+        told = (folder / "log.txt").read_text()[-3000:]
+        raise RuntimeError(f"{method} in {folder} ended with {process.exitcode}: {told}")
+    return killed
+
+
+def options_seconds(folder: Path) -> float:
+    """How long the uninterrupted run took."""
+    return float((folder.parent / "alone" / "seconds").read_text())
+
+
+def difference(alone: Path, killed: Path) -> str:
+    """The first of weights and log that differs; nothing where all are equal."""
+    names = ["final/model.safetensors", "metrics.jsonl"]
+    names += [str(file.relative_to(alone)) for file in sorted(alone.glob("eval/*/pairs.jsonl"))]
+    for name in names:
+        if (alone / name).read_bytes() != (killed / name).read_bytes():
+            return f"{name} of {killed}"
+    return ""
+
+
+def kill_and_compare(
+    directory: Path, method: str, *, kills: int, seed: int, workers: int = 0, epochs: int = 2
+) -> Outcome:
+    """Runs of a method until so many kills have been made."""
+    rng = random.Random(f"{seed}-{method}-{workers}")
+    material = directory / "material"
+    if not material.exists():
+        make_material(material)
+    place = directory / f"{method}-{workers}"
+    options = {"workers": workers, "epochs": epochs}
+    (place / "alone").mkdir(parents=True)
+    began = time.monotonic()
+    (place / "alone" / "seconds").write_text("1")
+    trial(material, place / "alone", method, rng, kills=0, **options)
+    (place / "alone" / "seconds").write_text(str(time.monotonic() - began))
+    made, runs, different = 0, 0, []
+    while made < kills:
+        folder = place / f"trial-{runs}"
+        folder.mkdir()
+        made += trial(material, folder, method, rng, kills=min(rng.choice((1, 1, 2, 3)), kills - made), **options)
+        runs += 1
+        if found := difference(place / "alone" / "run", folder / "run"):
+            different.append(found)
+    return Outcome(runs, made, runs - len(different), different)
+
+
+def main() -> int:
+    """Kill, compare, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="of each method")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = False
+    with tempfile.TemporaryDirectory() as directory:
+        print(f"{'method':14} {'workers':>7} {'kills':>6} {'runs':>5} {'equal':>6}")
+        for method in arguments.methods:
+            for workers in arguments.workers:
+                kills = arguments.kills // len(arguments.workers)
+                found = kill_and_compare(Path(directory), method, kills=kills, seed=arguments.seed, workers=workers)
+                print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
+                failed = failed or bool(found.different)
+                for told in found.different:
+                    print(f"  differs: {told}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

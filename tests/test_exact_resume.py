@@ -1,0 +1,139 @@
+"""A run that is stopped anywhere and resumed by the same command ends as the one that was left alone, bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.checkpoints.exact_resume import settle
+from callbacks.logging.metrics_file import MetricsFile
+from datamodules.position import Position, ResumableSampler
+from datamodules.token_budget import TokenBudgetSampler
+from lightning_modules import SFTModule
+from tests.command_line import Cli, assert_refused
+from tests.kills import METHODS, kill_and_compare
+
+
+@pytest.mark.parametrize("method", ["SFTModule", "RLOOModule"])
+def test_three_kills_change_nothing(method: str, tmp_path: Path) -> None:
+    found = kill_and_compare(tmp_path, method, kills=3, seed=1)
+    assert (found.kills, found.different) == (3, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_25_kills_change_nothing(method: str, workers: int, tmp_path: Path) -> None:
+    found = kill_and_compare(tmp_path, method, kills=25, seed=2, workers=workers)
+    assert (found.kills, found.different) == (25, [])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sampler_goes_on_behind_the_batches_that_were_seen(rank: int) -> None:
+    whole = ResumableSampler(range(20), 2, rank, shuffle=True, seed=3)
+    resumed = ResumableSampler(
+        range(20), 2, rank, shuffle=True, seed=3, start=Position(epoch=1, batches=2), rows_per_batch=3
+    )
+    whole.set_epoch(1)
+    assert list(resumed) == list(whole)[6:], "without being told the epoch, as Lightning's first iterator is not"
+    assert len(resumed) == len(whole) == 10
+    for sampler in (whole, resumed):
+        sampler.set_epoch(2)
+    assert list(resumed) == list(whole), "the next epoch is whole"
+
+
+def test_batches_of_a_token_budget_go_on_too() -> None:
+    options: dict[str, Any] = {"budget": 10, "world_size": 1, "rank": 0, "shuffle": True, "seed": 5}
+    lengths = [3, 9, 4, 2, 8, 6, 1, 7]
+    whole = TokenBudgetSampler(lengths, **options)
+    whole.set_epoch(2)
+    assert list(TokenBudgetSampler(lengths, **options, start=Position(2, 3))) == list(whole)[3:]
+
+
+def counters(*, epochs: tuple[int, int], batches: int, completed: int) -> dict[str, Any]:
+    def counts(done: int, ended: int) -> dict[str, Any]:
+        each = {"ready": done, "started": done, "processed": done, "completed": ended}
+        return {"total": dict(each), "current": dict(each)}
+
+    started, processed = epochs
+    epoch = counts(started, processed)
+    for each in epoch.values():
+        each["processed"], each["completed"] = processed, 0
+    return {
+        "epoch_progress": epoch,
+        "epoch_loop.batch_progress": {**counts(batches, completed), "is_last_batch": True},
+        "epoch_loop.val_loop.batch_progress": counts(4, 4),
+    }
+
+
+def test_counters_saved_after_a_batch_say_that_it_is_done() -> None:
+    loops = counters(epochs=(1, 0), batches=3, completed=2)
+    assert settle(loops) == Position(0, 3)
+    assert loops["epoch_loop.batch_progress"]["current"]["completed"] == 3
+    assert loops["epoch_progress"]["current"] == {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def test_counters_saved_after_an_epoch_say_that_the_next_has_not_begun() -> None:
+    loops = counters(epochs=(1, 1), batches=6, completed=6)
+    assert settle(loops) == Position(1, 0)
+    assert loops["epoch_progress"]["current"]["completed"] == 1
+    assert loops["epoch_loop.batch_progress"]["current"]["ready"] == 0
+    assert not loops["epoch_loop.batch_progress"]["is_last_batch"]
+
+
+def test_a_log_is_cut_to_what_it_was(tmp_path: Path) -> None:
+    record = MetricsFile(tmp_path)
+    record.log_metrics({"b": 1.0, "a": 2.0}, 0)
+    sizes = record.sizes()
+    record.log_metrics({"a": 3.0}, 1)
+    record.log_table("t", ["x"], [[1]])
+    record.cut(sizes)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "a": 2.0, "b": 1.0}\n'
+    assert (tmp_path / "tables.jsonl").read_text() == ""
+    record.cut({"metrics.jsonl": 10_000})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1, "a log is never made longer"
+
+
+def test_a_batch_s_random_numbers_depend_on_its_place_alone(tiny_model_dir: Path) -> None:
+    module = SFTModule(model_name=str(tiny_model_dir))
+    module._trainer = type("Trainer", (), {"current_epoch": 1, "global_rank": 0})()  # type: ignore[assignment]
+
+    def drawn(batch_idx: int) -> list[float]:
+        module.on_train_batch_start(None, batch_idx)
+        return torch.rand(2).tolist()  # type: ignore[no-any-return]
+
+    first = drawn(3)
+    torch.rand(100)  # as an evaluation draws
+    assert drawn(3) == first
+    assert drawn(4) != first
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_on_another_number_of_processes_is_not_gone_on_with(cli: Cli, config: Any, tmp_path: Path) -> None:
+    path = config("SFTModule", evaluation={"num_prompts": 0})
+    assert cli("fit", "--config", path).returncode == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["exact_resume"]["processes"] = 3
+    last.unlink()
+    torch.save(content, last)
+    result = cli("fit", "--config", path, "--ckpt_path", str(last))
+    assert_refused(result, "is of a run on 3 processes, this one has 1")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_anew_in_a_folder_without_a_checkpoint_empties_the_log(
+    cli: Cli, config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = config("SFTModule", evaluation={"num_prompts": 0}, trainer={"log_every_n_steps": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "train/loss": 9.0}\n')
+    result = cli("fit", "--config", path, "--ckpt_path", "last")
+    assert result.returncode == 0
+    assert "holds no checkpoint yet, so a training starts anew" in caplog.text
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [step["train/loss"] for step in steps if "train/loss" in step]
+    assert losses
+    assert 9.0 not in losses
