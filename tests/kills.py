@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cli import main as cli_main
@@ -211,6 +212,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # a thread, which a fork would lose
     failed = False
     with tempfile.TemporaryDirectory() as directory:
         print(f"{'method':14} {'workers':>7} {'kills':>6} {'runs':>5} {'equal':>6}")

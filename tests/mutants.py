@@ -58,6 +58,18 @@ PLANTED = [
         'to(self.device), reduce_op="mean")',
         "tests/test_modules.py -k ranks",
     ),
+    Mutant(
+        "callbacks/checkpoints/exact_resume.py",
+        "and not reaches_limit(trainer)",
+        "",
+        "tests/test_run_folder.py -k no_more",
+    ),
+    Mutant(
+        "datamodules/position.py",
+        "        self.epoch = start.epoch\n",
+        "",
+        "tests/test_exact_resume.py -k sampler",
+    ),
     Mutant(RLOO, "        self._rollouts.clear()\n", "", "tests/test_modules.py -k rollout"),
     Mutant(
         RLOO,
@@ -113,7 +125,7 @@ PLANTED = [
     ),
     Mutant(RLOO, "*seed_words, self.global_rank)", "*seed_words)", "tests/test_rloo_sampling.py -k seeds"),
     Mutant(RLOO, 'os.environ.get("PL_GLOBAL_SEED", "0")', '"0"', "tests/test_rloo_sampling.py -k seeds"),
-    Mutant(DATA, "rank, shuffle=True, seed=self.seed)", "rank, shuffle=True)", "tests/test_datamodules.py -k order"),
+    Mutant(DATA, "rank, shuffle=True, seed=self.seed,", "rank, shuffle=True,", "tests/test_datamodules.py -k order"),
     Mutant(DATA, "                seed=self.seed,\n", "", "tests/test_datamodules.py -k order"),
     Mutant(
         "lightning_modules/forward/completions.py",

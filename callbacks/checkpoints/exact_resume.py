@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from typing_extensions import override
 
 from callbacks.checkpoints.checkpoint_io import plain_values
+from callbacks.evaluation.schedule import reaches_limit
 from callbacks.lightning_internals import count_logged_steps, pending_metrics, requeued_from
 from callbacks.logging.metrics_file import MetricsFile
 from core.errors import ConfigurationError
@@ -71,10 +73,17 @@ class ExactResume(Callback):
         checkpoint[KEY] = {
             "position": list(settle(checkpoint["loops"]["fit_loop"])),
             "processes": trainer.world_size,
-            "should_stop": trainer.should_stop,
+            "should_stop": judged_enough(trainer),
             "log": {name: size for record in records(trainer) for name, size in record.sizes().items()},
             "pending": [pending] if pending is not None else [],
         }
+
+
+def judged_enough(trainer: Trainer) -> bool:
+    """Whether training is to stop by a judgement, as early stopping's; a limit that it came to may be raised."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    out_of_time = any((timer.time_remaining() or 0.0) <= 0 for timer in timers)
+    return trainer.should_stop and not reaches_limit(trainer) and not out_of_time
 
 
 def records(trainer: Trainer) -> list[MetricsFile]:

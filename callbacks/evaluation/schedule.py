@@ -34,8 +34,11 @@ def judged(trainer: Trainer, module: FineTuningModule) -> str:
 
 def ends_here(trainer: Trainer) -> bool:
     """Whether the step just taken is the last: by ``max_steps``, ``max_epochs``, ``max_time`` or early stopping."""
-    if trainer.should_stop and may_stop_early(trainer):
-        return True
+    return (trainer.should_stop and may_stop_early(trainer)) or reaches_limit(trainer)
+
+
+def reaches_limit(trainer: Trainer) -> bool:
+    """Whether the step just taken is the last by ``max_steps`` or ``max_epochs``."""
     in_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
     at_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return _steps_left(trainer) <= 0 or (in_last_epoch and at_last_batch)
