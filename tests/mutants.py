@@ -184,13 +184,13 @@ PLANTED = [
     ),
     Mutant(
         BOUNDARY,
-        "        if not at_step_boundary(trainer):\n            return\n",
-        "",
+        "if not at_step_boundary(trainer) or validation_follows(trainer):",
+        "if False:",
         "tests/test_preemption.py -k clock",
     ),
     Mutant(
         BOUNDARY,
-        "            self.on_validation_end(trainer, pl_module)\n",
+        "            self._save_validated(trainer, pl_module)\n",
         "            pass\n",
         "tests/test_preemption.py -k window",
     ),
