@@ -190,8 +190,8 @@ PLANTED = [
     ),
     Mutant(
         BOUNDARY,
-        "            self._save_validated(trainer, pl_module)\n",
-        "            pass\n",
+        "            self._save_validated(trainer, pl_module)\n        self._save_if_late",
+        "            pass\n        self._save_if_late",
         "tests/test_preemption.py -k window",
     ),
     Mutant(IO, "            os.fsync(file.fileno())\n", "", "tests/test_checkpoint_io.py -k bytes_reach"),
