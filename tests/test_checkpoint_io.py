@@ -63,7 +63,7 @@ print(found["generation"], left)
 """
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_kill_while_writing_leaves_the_old_file_or_the_new_one(kills: int, tmp_path: Path) -> None:
     """Also where TMPDIR lies on another file system.
 
