@@ -70,6 +70,12 @@ PLANTED = [
         "",
         "tests/test_exact_resume.py -k sampler",
     ),
+    Mutant(
+        "callbacks/checkpoints/exact_resume.py",
+        "            trainer.should_stop = True\n",
+        "            pass\n",
+        "tests/test_exact_resume.py -k early_stopping",
+    ),
     Mutant(RLOO, "        self._rollouts.clear()\n", "", "tests/test_modules.py -k rollout"),
     Mutant(
         RLOO,

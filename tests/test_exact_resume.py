@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 
-from callbacks.checkpoints.exact_resume import settle
+from callbacks.checkpoints.exact_resume import judged_enough, settle
 from callbacks.logging.metrics_file import MetricsFile
 from datamodules.position import Position, ResumableSampler
 from datamodules.token_budget import TokenBudgetSampler
@@ -149,3 +152,48 @@ def test_training_anew_in_a_folder_without_a_checkpoint_empties_the_log(
     losses = [step["train/loss"] for step in steps if "train/loss" in step]
     assert losses
     assert 9.0 not in losses
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_that_says_nothing_of_the_log_costs_no_line_of_it(cli: Cli, config: Any, tmp_path: Path) -> None:
+    """As an earlier version wrote it."""
+    path = config("SFTModule", evaluation={"num_prompts": 0})
+    assert cli("fit", "--config", path).returncode == 0
+    log, last = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    before, content = log.read_text(), torch.load(last, weights_only=True)
+    del content["exact_resume"]
+    last.unlink()
+    torch.save(content, last)
+    assert cli("fit", "--config", path, "--ckpt_path", str(last), "--trainer.max_epochs", "2").returncode == 0
+    assert log.read_text().startswith(before)
+    assert len(log.read_text()) > len(before)
+
+
+def trainer_at(step: int, *callbacks: Callback, should_stop: bool = True) -> Trainer:
+    """A trainer of five steps after so many."""
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_steps=5, accelerator="cpu", callbacks=list(callbacks), **quiet)
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    trainer.should_stop = should_stop
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_only_a_judgement_stops_a_resumed_run() -> None:
+    """A limit may be raised, and a clock has its own say; early stopping stays as it was."""
+    assert judged_enough(trainer_at(3))
+    assert judged_enough(trainer_at(3, Timer()))
+    assert not judged_enough(trainer_at(3, should_stop=False))
+    assert not judged_enough(trainer_at(5))
+    assert not judged_enough(trainer_at(3, Timer(duration=timedelta(0))))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_early_stopping_ended_is_not_gone_on_with(cli: Cli, config: Any, tmp_path: Path) -> None:
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1, "mode": "max"}}
+    trainer = {"max_epochs": 9, "callbacks": [stopping]}
+    path = config("SFTModule", evaluation={"num_prompts": 0}, trainer=trainer, model={"learning_rate": 1e-3})
+    assert cli("fit", "--config", path).returncode == 0
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert cli("fit", "--config", path, "--ckpt_path", "last").returncode == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == log

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from callbacks.checkpoints.checkpoint_io import plain_values
@@ -41,7 +42,9 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         path = requeued_from(trainer) or self.ckpt_path
-        self._found = plain_values(Path(path), KEY) if path else {}
+        self._found = plain_values(Path(path), KEY) if path else {"log": {}}
+        if not self._found:
+            rank_zero_warn(f"{path} does not say where in its data the run was; its epoch begins anew")
         processes = self._found.get("processes", trainer.world_size)
         if processes != trainer.world_size:
             raise ConfigurationError(
@@ -56,10 +59,11 @@ class ExactResume(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut what the stopped run logged after its checkpoint, and stop where it was about to."""
-        trainer.should_stop = bool(self._found.get("should_stop", False))
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._found.get("should_stop"):
+            trainer.should_stop = True
+        if trainer.is_global_zero and self._found and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for record in records(trainer):
-                record.cut(self._found.get("log", {}))
+                record.cut(self._found["log"])
                 for step, metrics in self._found.get("pending", ()):
                     record.log_metrics(metrics, step)
 
@@ -82,7 +86,8 @@ class ExactResume(Callback):
 def judged_enough(trainer: Trainer) -> bool:
     """Whether training is to stop by a judgement, as early stopping's; a limit that it came to may be raised."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    out_of_time = any((timer.time_remaining() or 0.0) <= 0 for timer in timers)
+    left_s = [timer.time_remaining() for timer in timers]
+    out_of_time = any(seconds is not None and seconds <= 0 for seconds in left_s)
     return trainer.should_stop and not reaches_limit(trainer) and not out_of_time
 
 
