@@ -1,6 +1,7 @@
 """Where in its data a run is, so that one that is resumed sees the rows that are still to come, and no row twice."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -40,6 +41,16 @@ class ResumableSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         skipped = self.start.batches * self.rows_per_batch if self.epoch == self.start.epoch else 0
         return islice(self.in_order(), skipped, None)
+
+    @contextmanager
+    def from_the_beginning(self) -> Iterator[None]:
+        """Have an iteration meanwhile see all of the first epoch, as before any stop."""
+        start, epoch = self.start, self.epoch
+        self.start, self.epoch = BEGINNING, 0
+        try:
+            yield
+        finally:
+            self.start, self.epoch = start, epoch
 
     def in_order(self) -> Iterator[Any]:
         """All of this process's indices of the epoch."""

@@ -45,10 +45,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random Qwen2 of some ten thousand parameters and the tiny tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny-model")
+def make_tiny_model(directory: Path, **options: Any) -> None:
+    """Fill a directory with a random Qwen2 of some ten thousand parameters and the tiny tokenizer."""
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(directory)
     torch.manual_seed(7)
@@ -65,8 +63,16 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     Qwen2ForCausalLM(config).save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model."""
+    directory = tmp_path_factory.mktemp("tiny-model")
+    make_tiny_model(directory)
     return directory
 
 

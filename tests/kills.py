@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cli import main as cli_main
-from tests.conftest import tiny_tokenizer
+from tests.conftest import make_tiny_model
 from tests.evaluation_run import write_rows
 
 METHODS = ("SFTModule", "RewardModule", "DPOModule", "RLOOModule")
@@ -45,24 +44,7 @@ class Outcome(NamedTuple):
 
 def make_material(directory: Path) -> None:
     """Rows, and a small model with dropout, so that every step draws random numbers."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(directory / "model")
-    torch.manual_seed(7)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        attention_dropout=0.1,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory / "model")
+    make_tiny_model(directory / "model", attention_dropout=0.1)
     for split in ("train", "test"):
         write_rows(directory / f"{split}.jsonl", 11)
     for split in ("train_prefs", "test_prefs"):

@@ -59,6 +59,15 @@ def test_a_sampler_goes_on_behind_the_batches_that_were_seen(rank: int) -> None:
     assert list(resumed) == list(whole), "the next epoch is whole"
 
 
+def test_what_is_asked_about_before_training_is_the_whole_first_epoch() -> None:
+    whole = list(ResumableSampler(range(20), 1, 0, shuffle=True, seed=3))
+    resumed = ResumableSampler(range(20), 1, 0, shuffle=True, seed=3, start=Position(epoch=1, batches=6))
+    rest = list(resumed)
+    with resumed.from_the_beginning():
+        assert list(resumed) == whole
+    assert list(resumed) == rest != whole[6:]
+
+
 def test_batches_of_a_token_budget_go_on_too() -> None:
     options: dict[str, Any] = {"budget": 10, "world_size": 1, "rank": 0, "shuffle": True, "seed": 5}
     lengths = [3, 9, 4, 2, 8, 6, 1, 7]

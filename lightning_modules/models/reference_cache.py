@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from core.files import OWN
 from datamodules.batches import PreferenceBatch
+from datamodules.position import ResumableSampler
 
 PairTable = dict[str, tuple[float, float]]
 """The log-probabilities of the chosen and of the rejected completion, by the pair's key."""
@@ -121,6 +123,7 @@ def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tenso
 def _batches_of_run(trainer: Trainer) -> Iterator[PreferenceBatch]:
     """Every training batch; where the run ends within its first epoch, those that it will come to.
 
+    A run that is resumed asks about the same batches, as its numbers depend in their last bits on what stands beside.
     Where epochs are shorter than the data, so that each sees other pairs, none: they are asked about as they come.
     """
     loader: Any = copy.copy(trainer.train_dataloader)
@@ -128,9 +131,12 @@ def _batches_of_run(trainer: Trainer) -> Iterator[PreferenceBatch]:
         loader._iterator = None  # workers that persist share one iterator, which training has begun
     planned = int(trainer.estimated_stepping_batches) * trainer.accumulate_grad_batches
     of_epoch = int(trainer.num_training_batches)
-    if planned <= of_epoch or trainer.max_epochs == 1:
-        return itertools.islice(loader, min(planned, of_epoch))
-    return iter(loader) if of_epoch == len(loader) else iter(())
+    within = planned <= of_epoch or trainer.max_epochs == 1
+    if not within and of_epoch != len(loader):
+        return
+    whole = isinstance(loader.sampler, ResumableSampler)
+    with loader.sampler.from_the_beginning() if whole else nullcontext():
+        yield from itertools.islice(loader, min(planned, of_epoch) if within else None)
 
 
 def look_up(table: PairTable, batch: PreferenceBatch) -> Tensor | None:
