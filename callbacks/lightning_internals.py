@@ -16,6 +16,7 @@ __all__ = [
     "cluster_environment",
     "count_logged_steps",
     "ends_epoch",
+    "epochs_begun",
     "install_signals",
     "log_step",
     "may_stop_early",
@@ -38,6 +39,15 @@ def at_step_boundary(trainer: Trainer) -> bool:
 def ends_epoch(trainer: Trainer) -> bool:
     """Whether the batch that has just run was the epoch's last."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def epochs_begun(trainer: Trainer) -> int:
+    """How many epochs the run has begun, also where a resumed one has nothing left to do.
+
+    ``current_epoch`` counts those that have ended, so it is one less within an epoch.
+    """
+    counts: Any = trainer.fit_loop.epoch_progress.current
+    return int(counts.started)
 
 
 def validation_follows(trainer: Trainer) -> bool:

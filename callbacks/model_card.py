@@ -7,6 +7,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from callbacks.lightning_internals import epochs_begun
 from callbacks.logging.tracking import short_name
 from callbacks.nemotron_evaluation import NemotronEvaluation
 from core.errors import ConfigurationError
@@ -129,7 +130,7 @@ def model_card(trainer: Trainer, module: FineTuningModule, history: dict[str, An
             f"{stage['learning_rate']:g} | {stage['evaluation'] or '-'} |"
             for number, stage in enumerate(stages, start=1)
         ),
-        epochs=trainer.current_epoch,
+        epochs=epochs_begun(trainer),
         batch_size=getattr(data, "batch_size", "unknown"),
         world_size=trainer.world_size,
         max_length=module.longest_sequence(data),

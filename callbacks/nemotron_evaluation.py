@@ -8,24 +8,24 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from callbacks.evaluation.cache import EvaluationCache, ScoreMemory, open_cache
-from callbacks.evaluation.completions import Completer, Decoding, progress
+from callbacks.evaluation.cache import ScoreMemory, open_cache
+from callbacks.evaluation.completions import Decoding, completers, progress
 from callbacks.evaluation.evaluate import evaluate
 from callbacks.evaluation.monitors import Monitors
 from callbacks.evaluation.ranks import Ranks
 from callbacks.evaluation.report import tell
 from callbacks.evaluation.result import EvaluationResult
+from callbacks.evaluation.result_record import read_result
 from callbacks.evaluation.schedule import ends_here, folder, is_due, judged
 from callbacks.evaluation.scores import Scorer
+from callbacks.lightning_internals import epochs_begun
 from core.errors import ConfigurationError
-from datamodules.chat import load_tokenizer
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.models.identity import directory_digest, tensors_digest, weights_digest
-from lightning_modules.models.loading import load_causal_lm, load_config
+from lightning_modules.models.identity import tensors_digest
+from lightning_modules.models.loading import load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
 from lightning_modules.rewards.preflight import before_evaluation, remote_parts
@@ -146,6 +146,16 @@ class NemotronEvaluation(Callback):
         self._ranks.gather(prepare)
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """The last evaluation, for the model card of a run that is resumed behind it."""
+        return {} if self._last is None else {"step": self._last[0], "result": self._last[1].record()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._last = state_dict["step"], read_result(state_dict["result"])
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._monitors.release()
 
@@ -168,10 +178,20 @@ class NemotronEvaluation(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate a run that ended without a validation: where none was due, or its last had early stopping end it."""
+        self._evaluate_end(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for a run that was killed after its last step, so that there was nothing left to train."""
+        if trainer.global_step > 0:
+            pl_module.to(trainer.strategy.root_device)  # as Lightning has taken it off already
+            self._evaluate_end(trainer, pl_module)
+
+    def _evaluate_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluates = self._evaluates(pl_module) and trainer.enable_validation and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if evaluates and self.result_at(trainer.global_step) is None:
             assert isinstance(pl_module, FineTuningModule)
-            place = folder(trainer, epoch=trainer.current_epoch - 1)  # the next one is counted already
+            place = folder(trainer, epoch=epochs_begun(trainer) - 1)
             numbers = self.evaluate(trainer, pl_module, place).logged()
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
@@ -199,10 +219,12 @@ class NemotronEvaluation(Callback):
     def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> EvaluationResult:
         """Evaluate the module's model and write ``metrics.json`` and ``pairs.jsonl``; the same result on every rank."""
         bar = functools.partial(progress, trainer, "scores", unit="score")
+        options = {"decoding": self.decoding, "batch_size": self.batch_size}
+        both = functools.partial(completers, trainer, module, self.reference_model, **options)
         with contextlib.closing(self._ranks.own(lambda: open_cache(trainer, self.cache_dir))) as cache:
             found = evaluate(
                 self._prompts,
-                *self._ranks.own(lambda: self._completers(trainer, module, cache)),
+                *self._ranks.own(lambda: both(cache=cache)),
                 scorer=Scorer(self.reward, cache, self._memory, bar),
                 ranks=self._ranks,
                 reward_source=reward_name(self.reward),
@@ -218,33 +240,6 @@ class NemotronEvaluation(Callback):
     def result_at(self, step: int) -> EvaluationResult | None:
         """The result of the last evaluation, if it was of the model after so many steps."""
         return self._last[1] if self._last is not None and self._last[0] == step else None
-
-    def _completers(
-        self, trainer: Trainer, module: FineTuningModule, cache: EvaluationCache
-    ) -> tuple[Completer, Completer]:
-        """The policy's, and that of the reference: the named one, or the starting policy."""
-        name = self.reference_model or module.model_name
-        tokenizer = self._reference_tokenizer(module)
-
-        def load_reference() -> PreTrainedModel:
-            model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
-            return model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type, no-any-return]
-
-        completer = functools.partial(
-            Completer, trainer, decoding=self.decoding, batch_size=self.batch_size, cache=cache
-        )
-        return (
-            completer(
-                lambda: module.model, module.tokenizer, digest=weights_digest(module.model), title="policy completions"
-            ),
-            completer(load_reference, tokenizer, digest=directory_digest(name), title="reference completions"),
-        )
-
-    def _reference_tokenizer(self, module: FineTuningModule) -> PreTrainedTokenizerBase:
-        """The named reference's own; the starting policy's is the policy's."""
-        if self.reference_model is None:
-            return module.tokenizer
-        return load_tokenizer(self.reference_model, option="evaluation.reference_model")
 
     def _evaluates(self, module: LightningModule) -> bool:
         return self.num_prompts > 0 and isinstance(module, FineTuningModule) and module.can_generate

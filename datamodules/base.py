@@ -20,7 +20,7 @@ from datamodules import chat, chat_template, encoding, messages
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
-from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
+from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row, encode_rows
 from datamodules.position import BEGINNING, ResumableSampler
 from datamodules.source import load_rows
 from datamodules.token_budget import TokenBudgetSampler
@@ -190,18 +190,15 @@ class ChatDataModule(LightningDataModule):
         if self.max_samples is not None:
             rows = rows.select(range(min(self.max_samples, len(rows))))
         tail = len(tail_ids(self.tokenizer)) if self.task == "preferences" else 0
-        encoded = rows.map(
+        encoded = encode_rows(
+            rows,
             ENCODERS[self.task],
-            with_indices=True,
-            fn_kwargs={
-                "read": self.readers[self.task],
-                "tokenizer": self.tokenizer,
-                "max_length": self.max_length - tail,
-                "code": code_digest(),  # rows that other code encoded are in the cache under another key
-            },
-            remove_columns=rows.column_names,
-            num_proc=min(self.num_workers, len(rows) // ROWS_PER_WORKER) or None,
-            desc=f"tokenising {split}",
+            processes=min(self.num_workers, len(rows) // ROWS_PER_WORKER) or None,
+            title=f"tokenising {split}",
+            read=self.readers[self.task],
+            tokenizer=self.tokenizer,
+            max_length=self.max_length - tail,
+            code=code_digest(),  # rows that other code encoded are in the cache under another key
         )
         return self._without_dropped(encoded, split)
 

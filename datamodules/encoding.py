@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
@@ -13,18 +14,22 @@ from datamodules.messages import Message, flaw, shortened
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]
+IDS = List(Value("int32"))
+ROWS_PER_PART = 20_000
+"""What is encoded and kept at a time, so a stop costs no more."""
 
 
 class UnusableRowError(Exception):
     """Why a row is dropped."""
 
 
-def row_encoder(**empty: Any) -> Callable[[Callable[..., Columns]], Callable[..., Columns]]:
+def row_encoder(**columns: Any) -> Callable[[Callable[..., Columns]], Callable[..., Columns]]:
     """Give an encoder the column ``dropped``, with why a row cannot be used; an unusable option stays an error.
 
     Args:
-        empty: The other columns, as they are in a dropped row.
+        columns: What the other columns hold; a list is empty in a dropped row, a number false.
     """
+    empty = {name: [] if isinstance(kind, List) else False for name, kind in columns.items()}
 
     def decorate(encode: Callable[..., Columns]) -> Callable[..., Columns]:
         @wraps(encode)
@@ -38,12 +43,40 @@ def row_encoder(**empty: Any) -> Callable[[Callable[..., Columns]], Callable[...
             except ConfigurationError as error:
                 raise ConfigurationError(f"row {index}: {error}") from error
 
+        encoded.features = Features({**columns, "dropped": Value("string")})  # type: ignore[attr-defined]
         return encoded
 
     return decorate
 
 
-@row_encoder(input_ids=[], completion_mask=[])
+def encode_rows(rows: Dataset, encode: Any, *, processes: int | None, title: str, **options: Any) -> Dataset:
+    """Encode rows part by part; a part that is whole is on disk, and neither encoded again nor held in memory.
+
+    Args:
+        rows: Of a split.
+        encode: A function that :func:`row_encoder` made.
+        processes: How many share a part; None for this one alone.
+        title: Of the progress bar.
+        options: Of the encoder.
+    """
+    parts = []
+    for first in range(0, len(rows), ROWS_PER_PART):
+        part = rows.select(range(first, min(first + ROWS_PER_PART, len(rows))))
+        number = f" ({len(parts) + 1} of {-(-len(rows) // ROWS_PER_PART)})" if len(rows) > ROWS_PER_PART else ""
+        encoded = part.map(
+            encode,
+            with_indices=True,
+            fn_kwargs=options,
+            features=encode.features,  # which a part without a usable row could not tell
+            remove_columns=rows.column_names,
+            num_proc=processes,
+            desc=title + number,
+        )
+        parts.append(encoded)
+    return concatenate_datasets(parts)
+
+
+@row_encoder(input_ids=IDS, completion_mask=List(Value("bool")))
 def encode_conversation_row(
     row: Row, *, read: Callable[[Row], Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Columns:
@@ -62,7 +95,7 @@ def encode_conversation_row(
     raise UnusableRowError("too long")
 
 
-@row_encoder(prompt_ids=[], chosen_ids=[], rejected_ids=[], tied=False)
+@row_encoder(prompt_ids=IDS, chosen_ids=IDS, rejected_ids=IDS, tied=Value("bool"))
 def encode_preference_row(
     row: Row,
     *,
@@ -92,7 +125,7 @@ def encode_preference_row(
     raise UnusableRowError("too long")
 
 
-@row_encoder(messages=[], prompt_ids=[])
+@row_encoder(messages=List({"role": Value("string"), "content": Value("string")}), prompt_ids=IDS)
 def encode_prompt_row(
     row: Row, *, read: Callable[[Row], Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Columns:

@@ -151,7 +151,7 @@ def options_seconds(folder: Path) -> float:
 
 def difference(alone: Path, killed: Path) -> str:
     """The first of weights and log that differs; nothing where all are equal."""
-    names = ["final/model.safetensors", "metrics.jsonl"]
+    names = ["final/model.safetensors", "final/README.md", "metrics.jsonl"]
     names += [str(file.relative_to(alone)) for file in sorted(alone.glob("eval/*/pairs.jsonl"))]
     for name in names:
         if (alone / name).read_bytes() != (killed / name).read_bytes():

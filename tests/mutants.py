@@ -314,9 +314,9 @@ PLANTED = [
         "tests/test_nemotron.py -k redirect",
     ),
     Mutant(
-        "commands/comparison/run_files.py",
-        "isinstance(value, bool) and math.isfinite(value)\n\n\ndef is_number_or_none",
-        "isinstance(value, bool)\n\n\ndef is_number_or_none",
+        "callbacks/evaluation/result_record.py",
+        "isinstance(value, bool) and math.isfinite(value)\n\n\ndef is_count",
+        "isinstance(value, bool)\n\n\ndef is_count",
         "tests/test_compare.py tests/test_broken_runs.py -k number",
     ),
 ]
@@ -520,7 +520,7 @@ OWN = [
         "tests/test_server.py -k stalls",
     ),
     Mutant(
-        "commands/comparison/run_files.py",
+        "callbacks/evaluation/result_record.py",
         "            if field.default is MISSING and",
         "            if False and",
         "tests/test_broken_runs.py",

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 
 from callbacks.evaluation.result import Calls
+from callbacks.evaluation.result_record import is_number
 from callbacks.logging.metrics_file import MetricsFile
 from commands import compare as command
 from commands.compare import compare
 from commands.comparison.charts import thinned
-from commands.comparison.run_files import Reader, is_number
+from commands.comparison.run_files import Reader
 from commands.comparison.runs import read_curves, read_runs
 from commands.comparison.tables import headline_table
 from core.errors import ConfigurationError

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Features, load_dataset
 
 from core.errors import ConfigurationError
-from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base
+from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base, encoding
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE
@@ -373,3 +374,35 @@ def test_a_row_at_the_exact_limit_is_kept_and_one_token_more_is_not(
     options = {"tokenizer": tokenizer, "count": 1, "max_length": len(question) - over}
     (prompt,) = load_prompts(str(tmp_path / "prompts.jsonl"), "any", **options)
     assert prompt.messages == [user("" if over else "q")]
+
+
+def noted(row: dict[str, Any], index: int, *, notes: str) -> dict[str, Any]:
+    """An encoder that says which rows it was given, and that is stopped once."""
+    if row["n"] == 6 and not Path(notes, "stopped").exists():
+        Path(notes, "stopped").touch()
+        raise KeyboardInterrupt
+    with Path(notes, "rows").open("a") as file:
+        file.write(f"{row['n']} ")
+    return {"doubled": [] if row["n"] < 4 else [2 * row["n"]]}
+
+
+noted.features = Features({"doubled": encoding.IDS})  # type: ignore[attr-defined]
+
+
+def test_a_tokenisation_that_was_stopped_goes_on_with_the_part_it_was_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "ROWS_PER_PART", 4)
+    write(tmp_path / "rows.jsonl", [{"n": n} for n in range(10)])
+    rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path))
+
+    def encoded() -> list[list[int]]:
+        found = encoding.encode_rows(rows, noted, processes=None, title="noting", notes=str(tmp_path))
+        return list(found["doubled"])
+
+    with pytest.raises(KeyboardInterrupt):
+        encoded()
+    expected = [[] if n < 4 else [2 * n] for n in range(10)]
+    assert encoded() == expected, "also where the first part has nothing that tells its type"
+    assert encoded() == expected
+    assert (tmp_path / "rows").read_text() == "0 1 2 3 4 5 4 5 6 7 8 9 ", "no part that was whole is encoded again"

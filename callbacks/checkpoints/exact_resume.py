@@ -2,13 +2,14 @@
 
 Lightning restores weights, optimiser, schedule and counters. What is added here, each because without it a resumed run
 differs and says nothing: where in the data the run is, counters that mean the same at whatever hook the checkpoint was
-written, whether training was to stop, and the log as it was then. Random numbers need no state, as every batch sets
-their seeds (``lightning_modules/base.py``).
+written, whether training was to stop, the log as it was then, and the metrics that monitors and the model card read.
+Random numbers need no state, as every batch sets their seeds (``lightning_modules/base.py``).
 """
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -58,7 +59,7 @@ class ExactResume(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut what the stopped run logged after its checkpoint, and stop where it was about to."""
+        """Have log, metrics and stop as they were: what the stopped run logged after its checkpoint is cut."""
         if self._found.get("should_stop"):
             trainer.should_stop = True
         if trainer.is_global_zero and self._found and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -66,6 +67,9 @@ class ExactResume(Callback):
                 record.cut(self._found["log"])
                 for step, metrics in self._found.get("pending", ()):
                     record.log_metrics(metrics, step)
+        if metrics := self._found.get("metrics"):
+            trainer.num_sanity_val_steps = 0  # which would reset them, and was done when the run began
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -80,6 +84,7 @@ class ExactResume(Callback):
             "should_stop": judged_enough(trainer),
             "log": {name: size for record in records(trainer) for name, size in record.sizes().items()},
             "pending": [pending] if pending is not None else [],
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
 
 

@@ -13,9 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.evaluation.cache import EvaluationCache, cache_key
 from callbacks.evaluation.metrics import Side
-from datamodules.chat import encode_conversation, stop_token_ids
+from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
 from datamodules.messages import Message
+from lightning_modules.base import FineTuningModule
 from lightning_modules.generation.sampler import Samples, sample_completions
+from lightning_modules.models.identity import directory_digest, weights_digest
+from lightning_modules.models.loading import load_causal_lm
 
 
 class Decoding(NamedTuple):
@@ -89,6 +92,33 @@ class Completer:
                 temperature=self.decoding.temperature,
                 top_p=self.decoding.top_p,
             )
+
+
+def completers(
+    trainer: Trainer, module: FineTuningModule, reference_model: str | None, **options: Any
+) -> tuple[Completer, Completer]:
+    """The policy's, and that of the reference: the named one, or the starting policy.
+
+    Args:
+        trainer: The run.
+        module: With the policy and its tokenizer.
+        reference_model: Hub id or directory, with a tokenizer of its own.
+        options: Of Completer that both have.
+    """
+    name, tokenizer = module.model_name, module.tokenizer
+    if reference_model is not None:
+        name, tokenizer = reference_model, load_tokenizer(reference_model, option="evaluation.reference_model")
+
+    def load_reference() -> PreTrainedModel:
+        model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
+        return model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type, no-any-return]
+
+    policy: dict[str, Any] = {"digest": weights_digest(module.model), "title": "policy completions"}
+    reference: dict[str, Any] = {"digest": directory_digest(name), "title": "reference completions"}
+    return (
+        Completer(trainer, lambda: module.model, module.tokenizer, **policy, **options),
+        Completer(trainer, load_reference, tokenizer, **reference, **options),
+    )
 
 
 def progress(trainer: Trainer, title: str, total: int, unit: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from callbacks.evaluation.result import EvaluationResult
-from commands.comparison.run_files import is_number
+from callbacks.evaluation.result_record import is_number
 from commands.comparison.runs import Run
 
 COLOURS = ("#3b82c4", "#e08a2e", "#2f9e6e", "#b5509c", "#8a7a3b", "#5b6ee0")

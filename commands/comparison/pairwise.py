@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from callbacks.evaluation.metrics import win_rate
-from commands.comparison.run_files import is_number
+from callbacks.evaluation.result_record import is_number
 from commands.comparison.runs import Run
 from core.files import without_nan
 from lightning_modules.functional.statistics import mean_interval, outcomes, win_rate_interval

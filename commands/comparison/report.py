@@ -11,9 +11,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from callbacks.evaluation.result import Group
+from callbacks.evaluation.result_record import is_number
 from commands.comparison.browser import browser_data
 from commands.comparison.charts import colours, curve_charts, epoch_chart, length_chart, reward_chart, win_rate_chart
-from commands.comparison.run_files import is_number
 from commands.comparison.runs import Run
 from commands.comparison.tables import COLUMNS, headline_cells, interval, pairwise_cell, percent
 

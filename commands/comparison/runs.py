@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from callbacks.evaluation.result import EvaluationResult
-from commands.comparison.run_files import Reader, is_number, is_pair, is_record
+from callbacks.evaluation.result_record import is_number
+from commands.comparison.run_files import Reader, is_pair, is_record
 from core.errors import ConfigurationError
 from core.plain import loaded_file
 from core.text import printable

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from callbacks.evaluation.result import TABLED, EvaluationResult, Unit
-from commands.comparison.run_files import is_number
+from callbacks.evaluation.result_record import is_number
 from commands.comparison.runs import Run
 
 WIDE = 150

@@ -5,7 +5,7 @@ from typing import Any
 
 from callbacks.evaluation.metrics import cannot_tell
 from callbacks.evaluation.result import EvaluationResult
-from commands.comparison.run_files import is_number
+from callbacks.evaluation.result_record import is_number
 from commands.comparison.runs import Run
 from commands.comparison.tables import interval, number, percent
 
