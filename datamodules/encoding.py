@@ -29,7 +29,7 @@ def row_encoder(**columns: Any) -> Callable[[Callable[..., Columns]], Callable[.
     Args:
         columns: What the other columns hold; a list is empty in a dropped row, a number false.
     """
-    empty = {name: [] if isinstance(kind, List) else False for name, kind in columns.items()}
+    empty: Columns = {name: [] if isinstance(kind, List) else False for name, kind in columns.items()}
 
     def decorate(encode: Callable[..., Columns]) -> Callable[..., Columns]:
         @wraps(encode)
@@ -59,7 +59,7 @@ def encode_rows(rows: Dataset, encode: Any, *, processes: int | None, title: str
         title: Of the progress bar.
         options: Of the encoder.
     """
-    parts = []
+    parts: list[Dataset] = []
     for first in range(0, len(rows), ROWS_PER_PART):
         part = rows.select(range(first, min(first + ROWS_PER_PART, len(rows))))
         number = f" ({len(parts) + 1} of {-(-len(rows) // ROWS_PER_PART)})" if len(rows) > ROWS_PER_PART else ""

@@ -230,8 +230,8 @@ PLANTED = [
     ),
     Mutant(
         DATA,
-        '"max_length": self.max_length - tail,',
-        '"max_length": self.max_length,',
+        "max_length=self.max_length - tail,",
+        "max_length=self.max_length,",
         "tests/test_datamodules.py -k exact_limit",
     ),
     Mutant(

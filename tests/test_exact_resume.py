@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -206,3 +207,43 @@ def test_a_run_that_early_stopping_ended_is_not_gone_on_with(cli: Cli, config: A
     log = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert cli("fit", "--config", path, "--ckpt_path", "last").returncode == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == log
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(
+    cli: Cli, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No validation is due at its end, so the evaluation follows the last checkpoint."""
+
+    def run(name: str) -> int:
+        trainer = {"default_root_dir": str(tmp_path / name), "check_val_every_n_epoch": 2, "log_every_n_steps": 1}
+        path = config("SFTModule", trainer=trainer, checkpoint={"monitor": None})
+        return cli("fit", "--config", path, "--ckpt_path", "last").returncode
+
+    def killed(*args: Any, **options: Any) -> None:
+        raise RuntimeError("killed")
+
+    assert run("alone") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("callbacks.nemotron_evaluation.evaluate", killed)
+        assert run("killed") == 1
+    assert not (tmp_path / "killed" / "eval").exists()
+    assert run("killed") == 0
+    for name in ("metrics.jsonl", "final/README.md", "eval/epoch=0/pairs.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    assert "prompts against" in (tmp_path / "killed" / "final" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_card_of_a_run_killed_in_its_export_has_all_its_figures(
+    cli: Cli, config: Any, tmp_path: Path
+) -> None:
+    path = config("SFTModule")
+    assert cli("fit", "--config", path).returncode == 0
+    card = tmp_path / "run" / "final" / "README.md"
+    before = card.read_text()
+    assert "val/loss" in before
+    assert "prompts against" in before
+    shutil.rmtree(card.parent)
+    assert cli("fit", "--config", path, "--ckpt_path", "last").returncode == 0
+    assert card.read_text() == before
