@@ -1,14 +1,15 @@
 """Runs that are killed at random moments and resumed by the same command, against the same run left alone.
 
 python -m tests.kills --kills 20 --methods SFTModule RLOOModule
+python -m tests.kills --kills 20 --ranks 2
 
-Each run is killed once to three times with SIGKILL, then left to end. Its final weights and its log must be those of
-the uninterrupted run, byte for byte. The processes are forked from one that has imported everything.
+Each run is killed once to three times with SIGKILL, then left to end. Its final weights, its log and its model card
+must be those of the uninterrupted run, byte for byte. The processes are forked from one that has imported everything.
+Of two ranks one is killed, and the rest a moment later, as launchers do; or the whole job at once.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -25,10 +26,10 @@ from tqdm import tqdm
 from cli import main as cli_main
 from tests.conftest import make_tiny_model
 from tests.evaluation_run import write_rows
+from tests.forked import start
 
 METHODS = ("SFTModule", "RewardModule", "DPOModule", "RLOOModule")
 SIDES = {"chosen": "yes", "rejected": "no way"}
-FORK = multiprocessing.get_context("fork")
 LIMIT_S = 300.0
 
 
@@ -60,7 +61,7 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def command(material: Path, run: Path, method: str, *, workers: int, epochs: int) -> list[str]:
+def command(material: Path, run: Path, method: str, *, workers: int = 0, epochs: int = 2, ranks: int = 1) -> list[str]:
     """The same command for the first start and for every later one."""
     task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
     model: dict[str, Any] = {"model_name": str(material / "model"), "learning_rate": 1e-2}
@@ -72,6 +73,8 @@ def command(material: Path, run: Path, method: str, *, workers: int, epochs: int
         "trainer": {
             "default_root_dir": str(run),
             "accelerator": "cpu",
+            "devices": ranks,
+            **({"strategy": "ddp"} if ranks > 1 else {}),
             "max_epochs": epochs,
             "accumulate_grad_batches": 2,
             "val_check_interval": 0.5,
@@ -106,41 +109,41 @@ def command(material: Path, run: Path, method: str, *, workers: int, epochs: int
     return ["fit", "--config", str(file), "--ckpt_path", "last"]
 
 
-def start(arguments: list[str], log: Path) -> Any:
-    """The command in a process of its own."""
-    process = FORK.Process(target=_process, args=(arguments, log))
-    process.start()
-    return process
+def kill(processes: list[Any], rng: random.Random) -> None:
+    """Kill one of the ranks and the others a moment later, or all at once; with the loaders that they started."""
+    first = rng.choice(processes)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.join()
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, 2))
+    for process in processes:
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
-def _process(arguments: list[str], log: Path) -> None:
-    os.setsid()
-    os.environ |= {"WANDB_MODE": "disabled", "HF_DATASETS_CACHE": str(log.parent / "datasets")}
-    with log.open("a") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    torch.set_num_threads(1)
-    sys.argv = ["cli.py"]
-    sys.exit(cli_main(arguments))
-
-
-def trial(material: Path, folder: Path, method: str, rng: random.Random, *, kills: int, **options: Any) -> int:
+def trial(
+    material: Path, folder: Path, method: str, rng: random.Random, *, kills: int, ranks: int, **options: Any
+) -> int:
     """A run that is killed so many times, if it lives so long, and then left alone; how many times it was."""
-    arguments = command(material, folder / "run", method, **options)
+    arguments = command(material, folder / "run", method, ranks=ranks, **options)
     killed = 0
     for _ in range(kills):
-        process = start(arguments, folder / "log.txt")
-        process.join(rng.uniform(0.5, options_seconds(folder)))
-        if process.exitcode is not None:
+        processes = start(lambda: cli_main(arguments), ranks=ranks, log=folder / "log.txt")
+        processes[0].join(rng.uniform(0.5, options_seconds(folder)))
+        if any(process.exitcode is not None for process in processes):
+            for process in processes:
+                process.join(LIMIT_S)
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+        kill(processes, rng)
         killed += 1
-    process = start(arguments, folder / "log.txt")
-    process.join(LIMIT_S)
-    if process.exitcode != 0:
+    processes = start(lambda: cli_main(arguments), ranks=ranks, log=folder / "log.txt")
+    for process in processes:
+        process.join(LIMIT_S)
+    codes = [process.exitcode for process in processes]
+    if any(codes):
         told = (folder / "log.txt").read_text()[-3000:]
-        raise RuntimeError(f"{method} in {folder} ended with {process.exitcode}: {told}")
+        raise RuntimeError(f"{method} in {folder} ended with {codes}: {told}")
     return killed
 
 
@@ -160,15 +163,15 @@ def difference(alone: Path, killed: Path) -> str:
 
 
 def kill_and_compare(
-    directory: Path, method: str, *, kills: int, seed: int, workers: int = 0, epochs: int = 2
+    directory: Path, method: str, *, kills: int, seed: int, workers: int = 0, epochs: int = 2, ranks: int = 1
 ) -> Outcome:
     """Runs of a method until so many kills have been made."""
-    rng = random.Random(f"{seed}-{method}-{workers}")
+    rng = random.Random(f"{seed}-{method}-{workers}-{ranks}")
     material = directory / "material"
     if not material.exists():
         make_material(material)
     place = directory / f"{method}-{workers}"
-    options = {"workers": workers, "epochs": epochs}
+    options = {"workers": workers, "epochs": epochs, "ranks": ranks}
     (place / "alone").mkdir(parents=True)
     began = time.monotonic()
     (place / "alone" / "seconds").write_text("1")
@@ -191,6 +194,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="of each method")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -201,7 +205,8 @@ def main() -> int:
         for method in arguments.methods:
             for workers in arguments.workers:
                 kills = arguments.kills // len(arguments.workers)
-                found = kill_and_compare(Path(directory), method, kills=kills, seed=arguments.seed, workers=workers)
+                options = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
+                found = kill_and_compare(Path(directory), method, kills=kills, **options)
                 print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
                 failed = failed or bool(found.different)
                 for told in found.different:

@@ -1,0 +1,45 @@
+"""Ranks of a run as processes forked from one that has imported everything, so that a start costs no imports."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+FORK = multiprocessing.get_context("fork")
+
+
+def start(function: Callable[[], int], *, ranks: int, log: Path) -> list[Any]:
+    """A process for each rank, in the environment that a launcher gives it, and in a process group of its own.
+
+    Args:
+        function: What each of them runs; returns the exit code.
+        ranks: How many.
+        log: Where their output is appended.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    processes = []
+    for rank in range(ranks):
+        environment = {**launched, "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        processes.append(FORK.Process(target=_process, args=(function, log, environment)))
+        processes[-1].start()
+    return processes
+
+
+def _process(function: Callable[[], int], log: Path, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ |= {"WANDB_MODE": "disabled", "HF_DATASETS_CACHE": str(log.parent / "datasets"), **environment}
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # type: ignore[attr-defined]  # as an import finds it
+    torch.set_num_threads(1)
+    sys.argv = ["cli.py"]
+    sys.exit(function())
