@@ -99,6 +99,9 @@ def run(command: str, *, debug: bool) -> int:
         from core.text import shown
 
         told = mendable(error)
+        if told is None and not debug and (ended := lost_process(error)):
+            print(f"error: {shown(redact(ended))}", file=sys.stderr)
+            return 1
         if debug or told is None:
             sys.stderr.write(shown(redact(traceback.format_exc())))
             return 1 if told is None else 2
@@ -118,6 +121,20 @@ def mendable(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__
     return None
+
+
+def lost_process(error: BaseException) -> str:
+    """What to say where the run ends here because it has ended elsewhere; empty where it has not."""
+    from torch.distributed import DistError
+
+    from core.errors import ProcessError
+
+    if isinstance(error, ProcessError):
+        return str(error)
+    text = str(error)
+    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        return f"another process of this run ended or does not answer; what it printed says why ({text[:200]})"
+    return ""
 
 
 def refused_by_lightning(error: BaseException) -> bool:

@@ -14,7 +14,6 @@ from callbacks.evaluation.cache import ScoreMemory, open_cache
 from callbacks.evaluation.completions import Decoding, completers, progress
 from callbacks.evaluation.evaluate import evaluate
 from callbacks.evaluation.monitors import Monitors
-from callbacks.evaluation.ranks import Ranks
 from callbacks.evaluation.report import tell
 from callbacks.evaluation.result import EvaluationResult
 from callbacks.evaluation.result_record import read_result
@@ -28,10 +27,7 @@ from lightning_modules.models.identity import tensors_digest
 from lightning_modules.models.loading import load_config
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
-from lightning_modules.rewards.preflight import before_evaluation, remote_parts
-
-SLACK_S = 3600.0
-"""How much longer than its scores another process may take for its completions."""
+from lightning_modules.rewards.preflight import before_evaluation, processes_for, remote_parts
 
 
 class NemotronEvaluation(Callback):
@@ -95,7 +91,7 @@ class NemotronEvaluation(Callback):
         self._memory = ScoreMemory()
         self._last: tuple[int, EvaluationResult] | None = None  # the step and the result of the last evaluation
         self._monitors = Monitors()
-        self._ranks: Ranks[Any] = Ranks(SLACK_S)
+        self._ranks = processes_for(self.reward)
         self._check_options()
 
     def _check_options(self) -> None:
@@ -122,8 +118,7 @@ class NemotronEvaluation(Callback):
         elif stage == "validate":
             raise ConfigurationError("validate compares with evaluation.reference_model, which is not given")
         sources = remote_parts(self.reward)
-        patience_s = SLACK_S + sum(source.time_limit_s for source in sources)
-        self._ranks = Ranks(patience_s)
+        self._ranks = processes_for(self.reward)
 
         def prepare() -> None:
             data = getattr(trainer, "datamodule", None)

@@ -23,6 +23,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # so it is meant
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # ours knows by ExactResume
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # of values that torchmetrics has gathered
+    warnings.filterwarnings(
+        "ignore", message="The ``compute`` method .* was called before"
+    )  # of a process without rows
     noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))

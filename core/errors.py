@@ -1,5 +1,9 @@
-"""The one exception for what the user can mend: an option, a file, an environment variable."""
+"""What the user can mend (an option, a file, an environment variable), and what another process has to say."""
 
 
 class ConfigurationError(Exception):
     """Names what is wrong, the value received and the option to change; ``cli.py`` prints it without a traceback."""
+
+
+class ProcessError(RuntimeError):
+    """Another process of the run failed, and says why itself; ``cli.py`` prints one line."""

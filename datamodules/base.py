@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
@@ -22,8 +21,9 @@ from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row, encode_rows
 from datamodules.position import BEGINNING, ResumableSampler
+from datamodules.shards import ShardSampler
 from datamodules.source import load_rows
-from datamodules.token_budget import TokenBudgetSampler
+from datamodules.token_budget import TokenBudgetSampler, best_fit
 
 Task = Literal["conversations", "preferences", "prompts"]
 """What a batch holds: whole conversations (SFT), preference pairs (DPO, reward), or prompts to sample from (RLOO)."""
@@ -89,6 +89,8 @@ class ChatDataModule(LightningDataModule):
         self.dropped: dict[str, Counter[str]] = {}
         self.start = BEGINNING
         """Where training begins; a run that is resumed sets it."""
+        self.repeats_validation = False
+        """Whether this process validates on another one's rows, as there are fewer rows than processes."""
         self._splits: dict[str, Dataset] = {}
         self._check_options()
 
@@ -135,39 +137,39 @@ class ChatDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         if self.tokens_per_batch is not None and self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             raise ConfigurationError("trainer.overfit_batches takes batches of data.batch_size; unset tokens_per_batch")
-        return self._loader(self._splits[self.train_split], shuffle=True)
+        rows = self._splits[self.train_split]
+        sampler: ResumableSampler
+        if self.tokens_per_batch is not None:
+            sampler = TokenBudgetSampler(
+                row_lengths(rows), *self._ranks(), budget=self.tokens_per_batch, seed=self.seed, start=self.start
+            )
+        else:
+            sampler = ResumableSampler(
+                rows, *self._ranks(), rows_per_batch=self.batch_size, seed=self.seed, start=self.start
+            )
+        return self._loader(rows, sampler)
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self._splits[self.validation_split], shuffle=False)
-
-    def _loader(self, rows: Dataset, *, shuffle: bool) -> DataLoader[Any]:
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        start = self.start if shuffle else BEGINNING
-        collate = self._collate()
-        sampler: DistributedSampler[Any]
+        rows = self._splits[self.validation_split]
+        items: Sequence[Any] = range(len(rows))
         if self.tokens_per_batch is not None:
-            sampler = TokenBudgetSampler(
-                row_lengths(rows),
-                budget=self.tokens_per_batch,
-                world_size=world_size,
-                rank=rank,
-                shuffle=shuffle,
-                seed=self.seed,
-                start=start,
-            )
-            collate = partial(collate_columns, collate=collate)
-        elif shuffle:
-            sampler = ResumableSampler(
-                rows, world_size, rank, shuffle=True, seed=self.seed, start=start, rows_per_batch=self.batch_size
-            )
-        else:
-            sampler = UnrepeatedDistributedSampler(rows, num_replicas=world_size, rank=rank, shuffle=False)
+            items = best_fit(row_lengths(rows), items, budget=self.tokens_per_batch)
+        sampler = ShardSampler(items, *self._ranks())
+        self.repeats_validation = sampler.repeats
+        return self._loader(rows, sampler)
+
+    def _ranks(self) -> tuple[int, int]:
+        """How many processes there are, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader(self, rows: Dataset, sampler: DistributedSampler[Any]) -> DataLoader[Any]:
+        collate = self._collate()
         return DataLoader(
             rows,  # type: ignore[arg-type]  # a Dataset has the protocol of a map-style one
             batch_size=None if self.tokens_per_batch else self.batch_size,
             sampler=sampler,
-            collate_fn=collate,
+            collate_fn=partial(collate_columns, collate=collate) if self.tokens_per_batch else collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_gpu(),

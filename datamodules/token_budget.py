@@ -13,44 +13,39 @@ class TokenBudgetSampler(ResumableSampler):
     """Yields lists of rows whose tokens fit a budget; a ``DataLoader`` takes it with ``batch_size=None``.
 
     The rows are packed once, so that every epoch has the same number of batches; their order is another each epoch.
+    Every process has the same number, for which some are split.
 
     Args:
         lengths: Tokens of each row; one above the budget has a batch of its own.
-        budget: Most tokens of a batch.
         world_size: Processes.
         rank: Of this process.
-        shuffle: Whether rows meet at random and batches come in a new order each epoch. Every process then has the
-            same number of batches, for which some are split; else the last ones may have one less.
-        seed: Of the packing and of the orders.
+        budget: Most tokens of a batch.
+        seed: Of the packing, in which rows meet at random, and of the orders.
         start: Where the first epoch begins.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
-        *,
-        budget: int,
         world_size: int,
         rank: int,
-        shuffle: bool,
+        *,
+        budget: int,
         seed: int,
         start: Position = BEGINNING,
     ) -> None:
-        super().__init__(range(len(lengths)), world_size, rank, shuffle=shuffle, seed=seed, start=start)
-        order = self._order(len(lengths), seed) if shuffle else range(len(lengths))
-        self.batches = best_fit(lengths, order, budget=budget)
-        if shuffle:
-            self.batches = split_to_multiple(self.batches, world_size)
+        super().__init__(range(len(lengths)), world_size, rank, seed=seed, start=start)
+        batches = best_fit(lengths, self._order(len(lengths), seed), budget=budget)
+        self.batches = split_to_multiple(batches, world_size)
 
     @override
     def in_order(self) -> Iterator[list[int]]:
-        count = len(self.batches)
-        order = self._order(count, self.seed + self.epoch) if self.shuffle else range(count)
+        order = self._order(len(self.batches), self.seed + self.epoch)
         return (self.batches[i] for i in order[self.rank :: self.num_replicas])
 
     @override
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.batches), self.num_replicas))
+        return len(self.batches) // self.num_replicas
 
     @staticmethod
     def _order(count: int, seed: int) -> Sequence[int]:

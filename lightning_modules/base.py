@@ -174,7 +174,7 @@ class FineTuningModule(LightningModule):
         What a validation or an evaluation draws then changes no step, and a run that is resumed draws what it would
         have drawn.
         """
-        words = os.environ.get("PL_GLOBAL_SEED", "0"), self.current_epoch, batch_idx, self.global_rank
+        words = global_seed(), self.current_epoch, batch_idx, self.global_rank
         seed = random.Random("-".join(map(str, words))).getrandbits(32)
         random.seed(seed)
         np.random.seed(seed)
@@ -209,7 +209,9 @@ class FineTuningModule(LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def update_val(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add values to the means of this validation."""
+        """Add values to the means of this validation; rows that are another process's do not count."""
+        if getattr(getattr(self.trainer, "datamodule", None), "repeats_validation", False):
+            return
         for name, values in metrics.items():
             if name in self.val_metrics and values.numel():
                 self.val_metrics[name].update(values)  # type: ignore[operator]
@@ -229,6 +231,11 @@ class FineTuningModule(LightningModule):
         """Log training metrics of this step."""
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in SHOWN, batch_size=batch_size)
+
+
+def global_seed() -> str:
+    """The run's seed, which Lightning hands to every process in this variable."""
+    return os.environ.get("PL_GLOBAL_SEED", "0")
 
 
 def require(condition: bool, rule: str, value: object) -> None:

@@ -1,7 +1,7 @@
 """REINFORCE leave-one-out: sample k completions a prompt, and compare each with the others."""
 
-import os
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from datamodules.batches import PromptBatch, TokenBatch
-from lightning_modules.base import FineTuningModule, require
+from lightning_modules.base import FineTuningModule, global_seed, require
 from lightning_modules.forward.completions import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
@@ -25,7 +25,7 @@ from lightning_modules.functional.reinforce import (
 from lightning_modules.generation.rollouts import (
     Rollout,
     check_advantages,
-    completions_table,
+    log_completions,
     rollout_metrics,
     score_samples,
     seeds_of,
@@ -33,7 +33,7 @@ from lightning_modules.generation.rollouts import (
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.loading import load_reference, without_dropout
 from lightning_modules.rewards import Reward, resolve_reward
-from lightning_modules.rewards.preflight import preflight, remote_parts
+from lightning_modules.rewards.preflight import preflight, processes_for, remote_parts
 
 
 class RLOOModule(FineTuningModule):
@@ -96,11 +96,13 @@ class RLOOModule(FineTuningModule):
         self.clip_range = clip_range
         self.reference_model = reference_model
         self.log_completions_every = log_completions_every
+        self._ranks = processes_for(self.reward)
         self._rollouts: list[Rollout] = []  # of this optimiser step, where it has more than one update
 
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self._ranks = processes_for(self.reward)
         for source in remote_parts(self.reward):
             trainer = self.trainer
             source.share_budget(processes=trainer.world_size, rank=trainer.global_rank, machines=trainer.num_nodes)
@@ -125,8 +127,10 @@ class RLOOModule(FineTuningModule):
     def training_step(self, batch: PromptBatch | Rollout, batch_idx: int) -> Tensor:
         if isinstance(batch, Rollout):
             return self.further_update(batch)
-        samples = self.sample(batch, count=self.samples_per_prompt, seed_words=(self.current_epoch, batch_idx))
-        scores = score_samples(self.reward, batch.prompts, samples, self.tokenizer)
+        words = (global_seed(), self.current_epoch, batch_idx, self.global_rank)
+        samples = self.sample(batch, seeds_of(words, count=self.samples_per_prompt * len(batch.prompts)))
+        score = functools.partial(score_samples, self.reward, batch.prompts, samples, self.tokenizer)
+        scores = self._ranks.own(score)  # which may take one process long, or fail there
 
         completions = self.completions(self.model, samples.tokens, entropy=True)
         log_probs = self.by_prompt(completions)
@@ -141,7 +145,9 @@ class RLOOModule(FineTuningModule):
             self._rollouts.append(Rollout(samples.tokens, log_probs.detach(), advantages))
         metrics = rollout_metrics(samples, scores, rewards, completions)
         self.log_step(metrics | ({"kl": log_ratios.mean()} if self.beta else {}), batch_size=scores.numel())
-        self.log_completions(batch, samples, scores)
+        log_completions(
+            self.trainer, batch.prompts, samples, scores, self.tokenizer, every_n_steps=self.log_completions_every
+        )
         return self.sum_for_step(losses, (~advantages.isnan()).any(1).sum())
 
     def further_update(self, rollout: Rollout) -> Tensor:
@@ -154,7 +160,9 @@ class RLOOModule(FineTuningModule):
 
     @override
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        samples = self.sample(batch, count=1, seed_words=("validation", batch_idx))
+        # by the prompt alone, so that the figures are the same on any number of processes
+        seeds = [seeds_of((global_seed(), *ids.tolist()), count=1)[0] for ids in batch.prompt_ids]
+        samples = self.sample(batch, seeds)
         scores = score_samples(self.reward, batch.prompts, samples, self.tokenizer)
         log_ratios = torch.zeros_like(scores)
         if self.beta:
@@ -171,16 +179,20 @@ class RLOOModule(FineTuningModule):
             }
         )
 
-    def sample(self, batch: PromptBatch, *, count: int, seed_words: tuple[object, ...]) -> Samples:
-        """``count`` samples of each prompt, neighbours in the batch; the same for the same seed, words and rank."""
-        words = (os.environ.get("PL_GLOBAL_SEED", "0"), *seed_words, self.global_rank)
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._ranks.gather(lambda: None)  # for whom the reward source takes longest
+        super().on_validation_epoch_end()
+
+    def sample(self, batch: PromptBatch, seeds: Sequence[int]) -> Samples:
+        """A sample for each seed; those of a prompt are neighbours."""
         samples: Samples = sample_completions(
             self.model,
             batch.prompt_ids,
             max_completion_length=self.max_completion_length,
             stop_token_ids=self.stop_token_ids(),
-            seeds=seeds_of(words, count=count * len(batch.prompt_ids)),
-            samples_per_prompt=count,
+            seeds=seeds,
+            samples_per_prompt=len(seeds) // len(batch.prompt_ids),
             temperature=self.temperature,
         )
         return samples
@@ -236,14 +248,3 @@ class RLOOModule(FineTuningModule):
             raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
             self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, raw)
         return loss
-
-    def log_completions(self, batch: PromptBatch, samples: Samples, scores: Float[Tensor, "prompt sample"]) -> None:
-        """Log some of the samples, now and then, at the beginning of an optimiser step."""
-        first_of_step = self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
-        due = self.trainer.global_step % self.log_completions_every == 0 and first_of_step
-        if not (due and self.trainer.is_global_zero):
-            return
-        table = completions_table(self.trainer.global_step, batch.prompts, samples, scores, self.tokenizer)
-        for logger in self.loggers:
-            if hasattr(logger, "log_table"):
-                logger.log_table("train/completions", **table)

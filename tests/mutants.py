@@ -125,14 +125,34 @@ PLANTED = [
     ),
     Mutant(
         RLOO,
-        "seed_words=(self.current_epoch, batch_idx)",
-        "seed_words=(batch_idx,)",
+        "(global_seed(), self.current_epoch, batch_idx, self.global_rank)",
+        "(global_seed(), batch_idx, self.global_rank)",
         "tests/test_rloo_sampling.py -k seeds",
     ),
-    Mutant(RLOO, "*seed_words, self.global_rank)", "*seed_words)", "tests/test_rloo_sampling.py -k seeds"),
-    Mutant(RLOO, 'os.environ.get("PL_GLOBAL_SEED", "0")', '"0"', "tests/test_rloo_sampling.py -k seeds"),
-    Mutant(DATA, "rank, shuffle=True, seed=self.seed,", "rank, shuffle=True,", "tests/test_datamodules.py -k order"),
-    Mutant(DATA, "                seed=self.seed,\n", "", "tests/test_datamodules.py -k order"),
+    Mutant(
+        RLOO,
+        "(global_seed(), self.current_epoch, batch_idx, self.global_rank)",
+        "(global_seed(), self.current_epoch, batch_idx)",
+        "tests/test_rloo_sampling.py -k seeds",
+    ),
+    Mutant(
+        "lightning_modules/base.py",
+        'return os.environ.get("PL_GLOBAL_SEED", "0")',
+        'return "0"',
+        "tests/test_rloo_sampling.py -k seeds",
+    ),
+    Mutant(
+        DATA,
+        "rows_per_batch=self.batch_size, seed=self.seed,",
+        "rows_per_batch=self.batch_size,",
+        "tests/test_datamodules.py -k order",
+    ),
+    Mutant(
+        DATA,
+        "budget=self.tokens_per_batch, seed=self.seed,",
+        "budget=self.tokens_per_batch, seed=1,",
+        "tests/test_datamodules.py -k order",
+    ),
     Mutant(
         "lightning_modules/forward/completions.py",
         "with torch.autocast(pooled.device.type, enabled=False):",
@@ -183,7 +203,7 @@ PLANTED = [
     ),
     Mutant(BASE, "round(self.warmup_ratio * steps)", "round(self.warmup_ratio)", "tests/test_modules.py -k schedule"),
     Mutant(
-        "callbacks/evaluation/ranks.py",
+        "core/ranks.py",
         "            if failure is not None:",
         "            if False:",
         "tests/test_ranks.py",
@@ -224,8 +244,8 @@ PLANTED = [
     Mutant(EXPORT, '"eos_token_id": stops,', '"eos_token_id": stops[:1],', "tests/test_cli.py -k promised"),
     Mutant(
         DATA,
-        "UnrepeatedDistributedSampler(rows, num_replicas",
-        "DistributedSampler(rows, num_replicas",
+        "sampler = ShardSampler(items, *self._ranks())",
+        "sampler = DistributedSampler(items, *self._ranks(), shuffle=False); sampler.repeats = False",
         "tests/test_datamodules.py -k shards",
     ),
     Mutant(

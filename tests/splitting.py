@@ -37,17 +37,17 @@ BREVITY = "lightning_modules.rewards.rules.brevity"
 LIMIT_S = 120.0
 
 
-def make_material(directory: Path) -> None:
+def make_material(directory: Path, *, rows: int = ROWS) -> None:
     """Rows of unequal lengths, a policy, and a reference that differs from it."""
     make_tiny_model(directory / "model")
     make_tiny_model(directory / "reference", rms_norm_eps=0.1)
     for split in ("train_prefs", "test_prefs"):
-        rows = []
-        for i in range(ROWS):
+        lines = []
+        for i in range(rows):
             prompt = f"question {i} " + "and so on " * (i % 3)
             chosen, rejected = "yes " * (1 + i % 4), "no" * (1 + (5 * i) % 7)
-            rows.append({"prompt": prompt, "chosen": talk(prompt, chosen), "rejected": talk(prompt, rejected)})
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            lines.append({"prompt": prompt, "chosen": talk(prompt, chosen), "rejected": talk(prompt, rejected)})
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
 def command(material: Path, run: Path, method: str, *, ranks: int = 1, accumulate: int = 1, **data: Any) -> list[str]:

@@ -13,9 +13,9 @@ import pytest
 from callbacks.evaluation.cache import EvaluationCache, ScoreMemory
 from callbacks.evaluation.evaluate import Evaluation, evaluate
 from callbacks.evaluation.metrics import Side
-from callbacks.evaluation.ranks import Ranks
 from callbacks.evaluation.result import FIGURES, LOGGED, Calls, EvaluationResult
 from callbacks.evaluation.scores import Scorer
+from core.ranks import Ranks
 from datamodules.messages import Message
 from datamodules.prompts import Prompt
 from lightning_modules.rewards.rules import brevity

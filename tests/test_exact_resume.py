@@ -70,7 +70,7 @@ def test_what_is_asked_about_before_training_is_the_whole_first_epoch() -> None:
 
 
 def test_batches_of_a_token_budget_go_on_too() -> None:
-    options: dict[str, Any] = {"budget": 10, "world_size": 1, "rank": 0, "shuffle": True, "seed": 5}
+    options: dict[str, Any] = {"budget": 10, "world_size": 1, "rank": 0, "seed": 5}
     lengths = [3, 9, 4, 2, 8, 6, 1, 7]
     whole = TokenBudgetSampler(lengths, **options)
     whole.set_epoch(2)

@@ -2,12 +2,21 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
+from torch.distributed import DistBackendError
 
-from callbacks.evaluation.ranks import Ranks
+from cli import lost_process
+from core.errors import ProcessError
+from core.ranks import Ranks
+from datamodules.shards import ShardSampler
+
+ROOT = Path(__file__).parents[1]
 
 
 def process(rank: int, store: str, results: Any) -> None:
@@ -42,9 +51,60 @@ def test_shares_go_to_all_and_a_failure_too(tmp_path: Path) -> None:
     shares = ["of 0", "of 1"]
     told = "process 1 failed: ValueError: the disk is full"
     assert [line for line in found if line[1] == "shares"] == [(0, "shares", shares), (1, "shares", shares)]
-    assert (0, "RuntimeError", told) in found
+    assert (0, "ProcessError", told) in found
     assert (1, "ValueError", "the disk is full") in found
 
 
 def test_alone_the_work_is_done_and_its_error_raised() -> None:
     assert Ranks(1.0).gather(lambda: 3) == [3]
+
+
+def in_a_process_of_its_own(module: str, *options: str) -> str:
+    """Run a script that forks, which a process of pytest's must not; its table."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *options]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_a_rank_that_fails_or_is_killed_ends_the_others_at_once() -> None:
+    table = in_a_process_of_its_own("tests.hangs", "--cases", "reward-raises", "killed-in-a-step")
+    assert len(table.splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_anywhere_ends_the_others_at_once() -> None:
+    in_a_process_of_its_own("tests.hangs")
+
+
+def test_validation_figures_are_the_same_on_three_processes_with_fewer_rows_than_those() -> None:
+    table = in_a_process_of_its_own(
+        "tests.shards", "--rows", "2", "--ranks", "3", "--methods", "SFTModule", "RLOOModule"
+    )
+    assert len(table.splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_validation_figures_are_the_same_on_one_to_three_processes_for_one_to_nine_rows() -> None:
+    in_a_process_of_its_own("tests.shards")
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_item_of_a_validation_counts_once(count: int, world_size: int) -> None:
+    shards = [ShardSampler(range(count), world_size, rank) for rank in range(world_size)]
+    assert all(len(shard) == len(list(shard)) > 0 for shard in shards), "each process keeps step"
+    counted = [item for shard in shards if not shard.repeats for item in shard]
+    assert sorted(counted) == list(range(count))
+
+
+def test_what_another_process_s_end_does_to_this_one_is_one_line() -> None:
+    reset = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:16613: Connection reset by peer")
+    assert lost_process(ProcessError("process 1 failed: ValueError: no")) == "process 1 failed: ValueError: no"
+    assert lost_process(reset).startswith("another process of this run ended")
+    assert lost_process(DistBackendError("NCCL error: remote process exited")).startswith("another process of this run")
+    assert not lost_process(RuntimeError("shapes differ"))
+    assert not lost_process(ValueError("gloo"))

@@ -84,7 +84,7 @@ def test_every_word_changes_the_samples_seeds(tiny_model_dir: Path, monkeypatch:
     monkeypatch.setattr(rloo, "sample_completions", lambda *_, seeds, **__: asked.append(tuple(seeds)) or 1 / 0)
     module = RLOOModule(model_name=str(tiny_model_dir), reward=brevity)
     module.configure_model()
-    batch = PromptBatch([[{"role": "user", "content": "a"}]] * 2, [torch.tensor([1, 2])] * 2)
+    batch = PromptBatch([[{"role": "user", "content": "a"}]] * 2, [torch.tensor([1, 2]), torch.tensor([2, 1])])
 
     def seeds(*, seed: str = "1", epoch: int = 0, batch_idx: int = 0, rank: int = 0, trains: bool = True) -> None:
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from callbacks.evaluation.metrics import Pair, Side, evaluation_result
-from callbacks.evaluation.ranks import Ranks
 from callbacks.evaluation.result import Calls, EvaluationResult
 from callbacks.evaluation.scores import Scorer
+from core.ranks import Ranks
 from datamodules.messages import Message
 from datamodules.prompts import Prompt
 

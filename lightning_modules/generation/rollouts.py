@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -105,14 +106,22 @@ def sampler_drift(samples: Samples, completions: CompletionTokens) -> Float[Tens
     return (samples.log_probs - completions.log_probs.detach()).abs().mean()
 
 
-def completions_table(
-    step: int,
+def log_completions(
+    trainer: Trainer,
     prompts: Sequence[Sequence[Message]],
     samples: Samples,
     scores: Float[Tensor, "prompt sample"],
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Any]:
-    """The first samples as columns and rows for a logger's table."""
+    *,
+    every_n_steps: int,
+) -> None:
+    """Log the first samples as a table, now and then, at the beginning of an optimiser step."""
+    first_of_step = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0
+    if not (trainer.global_step % every_n_steps == 0 and first_of_step and trainer.is_global_zero):
+        return
     asked = [prompt[-1]["content"] for prompt in prompts for _ in range(scores.shape[1])]
     told = zip(asked, samples.texts(tokenizer), scores.flatten().tolist(), strict=True)
-    return {"columns": list(TABLE), "data": [[step, *row] for row in told][:ROWS_LOGGED]}
+    rows = [[trainer.global_step, *row] for row in told][:ROWS_LOGGED]
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table("train/completions", columns=list(TABLE), data=rows)

@@ -3,13 +3,18 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from core.errors import ConfigurationError
+from core.ranks import Ranks
 from datamodules.messages import Message
 from datamodules.prompts import Prompt
 from lightning_modules.rewards.base import Reward, WeightedReward, checked_scores, reward_name
 from lightning_modules.rewards.http import HTTPReward
 from lightning_modules.rewards.local import ModelReward
+
+SLACK_S = 3600.0
+"""How much longer than its scores another process may take for its completions."""
 
 
 def preflight(reward: Reward, prompt: Sequence[Message], *, option: str) -> None:
@@ -73,6 +78,11 @@ def before_evaluation(
 def is_model(reward: Reward) -> bool:
     """Whether the source is a reward model, of which good judgement may be asked; a rule may want anything."""
     return isinstance(reward, (HTTPReward, ModelReward))
+
+
+def processes_for(reward: Reward) -> Ranks[Any]:
+    """The processes of a run, who wait for each other as long as the source may take on one of them."""
+    return Ranks(SLACK_S + sum(source.time_limit_s for source in remote_parts(reward)))
 
 
 def remote_parts(reward: Reward) -> list[HTTPReward]:

@@ -6,6 +6,8 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
+from core.errors import ProcessError
+
 Share = TypeVar("Share")
 
 
@@ -13,7 +15,7 @@ class Ranks(Generic[Share]):
     """The processes of a run.
 
     They wait for each other over a group of its own, as one may have to wait for a slow reward source for longer
-    than the training's process group would.
+    than the training's process group would, and without an accelerator's, whose waits end with the process.
 
     Args:
         patience_s: How long to wait for the slowest, in seconds.
@@ -30,7 +32,7 @@ class Ranks(Generic[Share]):
         """What the work gives on every process, in their order.
 
         Raises:
-            Exception: On the process where the work failed what it raised; on the others a RuntimeError that says so.
+            Exception: On the process where the work failed what it raised; on the others a ProcessError that says so.
         """
         share, error = None, None
         try:
@@ -46,7 +48,7 @@ class Ranks(Generic[Share]):
             raise error
         for rank, (_, failure) in enumerate(parts):
             if failure is not None:
-                raise RuntimeError(f"process {rank} failed: {failure}")
+                raise ProcessError(f"process {rank} failed: {failure}")
         return [part for part, _ in parts]
 
     def own(self, work: Callable[[], Share]) -> Share:

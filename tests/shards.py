@@ -1,0 +1,73 @@
+"""Validation figures on one process and on several, for few rows: the largest difference of any figure.
+
+python -m tests.shards --rows 1 2 3 4 5 6 7 8 9 --ranks 2 3
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cli import main as cli_main
+from tests.forked import start
+from tests.kills import METHODS
+from tests.splitting import command, comparable, make_material
+
+LIMIT_S = 120.0
+TOLERANCE = 1e-6
+
+
+def figures(directory: Path, method: str, *, rows: int, ranks: int, budget: int | None) -> dict[str, float]:
+    """What ``validate`` finds, with everything on the first rows alone."""
+    run = directory / f"{method}-{rows}-{ranks}-{budget}"
+    options = {"max_samples": rows, "batch_size": 2, "tokens_per_batch": budget}
+    arguments = command(directory / "material", run, method, ranks=ranks, **options)
+    arguments = ["validate", *arguments[1:], "--model.model_name", str(directory / "material" / "model")]
+    arguments += ["--trainer.limit_val_batches", "1.0"]
+
+    def judged() -> int:
+        with comparable():
+            return cli_main(arguments)
+
+    log = directory / "log.txt"
+    processes = start(judged, ranks=ranks, log=log)
+    for process in processes:
+        process.join(LIMIT_S)
+    codes = [process.exitcode for process in processes]
+    if any(code != 0 for code in codes):
+        raise RuntimeError(f"{method}, {rows} rows on {ranks} ranks: exit codes {codes}\n{log.read_text()[-3000:]}")
+    (line,) = (run / "validation.jsonl").read_text().splitlines()
+    return {name: value for name, value in json.loads(line).items() if name.startswith("val/")}
+
+
+def main() -> int:
+    """Validate everywhere, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(range(1, 10)))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        make_material(directory / "material", rows=max(options.rows))
+        print(f"{'method':14} {'budget':>6} {'rows':>4} {'ranks':>5} {'figures':>7} difference")
+        for method in options.methods:
+            for budget in (None,) if method == "RLOOModule" else (None, 150):
+                for rows in options.rows:
+                    alone = figures(directory, method, rows=rows, ranks=1, budget=budget)
+                    for ranks in options.ranks:
+                        found = figures(directory, method, rows=rows, ranks=ranks, budget=budget)
+                        worst = max(abs(found[name] - value) / max(1.0, abs(value)) for name, value in alone.items())
+                        failed = failed or worst > TOLERANCE or found.keys() != alone.keys()
+                        told = f"{method:14} {budget or '-':>6} {rows:4} {ranks:5} {len(alone):7} {worst:.1e}"
+                        print(told, flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
