@@ -26,7 +26,7 @@ test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 slow: $(READY) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --numprocesses auto --maxprocesses 4 --dist worksteal
 
 mutants: $(READY) ## Plant some hundred small defects, one at a time, and list those that the tests do not notice
 	$(BIN)/python -m tests.mutants

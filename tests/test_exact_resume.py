@@ -41,9 +41,14 @@ def test_three_kills_of_a_method_change_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_kills_change_nothing_with_workers_and_without(method: str) -> None:
-    """More of them take ``python -m tests.kills --kills 50``, about four seconds a kill."""
-    assert_kills_change_nothing("--kills", "8", "--seed", "2", "--methods", method)
+def test_fifty_kills_change_nothing_with_workers_and_without(method: str) -> None:
+    assert_kills_change_nothing("--kills", "50", "--seed", "2", "--methods", method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_kills_of_a_rank_or_of_the_whole_job_change_nothing_on_two_ranks(method: str) -> None:
+    assert_kills_change_nothing("--kills", "4", "--ranks", "2", "--workers", "0", "--methods", method)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
