@@ -2,5 +2,6 @@
 
 from callbacks.hugging_face_export import HuggingFaceExport
 from callbacks.nemotron_evaluation import NemotronEvaluation
+from callbacks.training_health import TrainingHealth
 
-__all__ = ["HuggingFaceExport", "NemotronEvaluation"]
+__all__ = ["HuggingFaceExport", "NemotronEvaluation", "TrainingHealth"]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from callbacks import HuggingFaceExport, NemotronEvaluation
+from callbacks import HuggingFaceExport, NemotronEvaluation, TrainingHealth
 from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO, plain_values
 from callbacks.checkpoints.exact_resume import ExactResume
@@ -32,6 +32,7 @@ from commands.quiet import quieten
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
 from commands.run_record import SaveConfig
 from core.errors import ConfigurationError
+from core.files import check_writable
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
 from lightning_modules.untrained import EvaluationModule, NoRows
@@ -58,6 +59,7 @@ class SuiteCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BoundaryCheckpoint, "checkpoint")
         parser.add_lightning_class_args(HuggingFaceExport, "export")
+        parser.add_lightning_class_args(TrainingHealth, "health")
         parser.add_lightning_class_args(NemotronEvaluation, "evaluation")
         parser.add_class_arguments(WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False)
         parser.add_argument(
@@ -149,12 +151,7 @@ class SuiteCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config[self.subcommand]
         root = config.trainer.default_root_dir
-        try:
-            Path(root).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot make {root} ({error.strerror}); change trainer.default_root_dir"
-            ) from error
+        check_writable(Path(root), option="trainer.default_root_dir")
         if not config.trainer.fast_dev_run:
             FolderLock(Path(root), str(self.subcommand)).take()
         kwargs["logger"] = self._loggers()

@@ -1,5 +1,6 @@
 """What the methods share: options, loading, the optimiser, and the mean over everything in an optimiser step."""
 
+import functools
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from core.errors import ConfigurationError
 from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
 from lightning_modules.models.loading import load_causal_lm, load_config
+from lightning_modules.optimiser_step import OptimiserStep
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 SHOWN = ("loss", "accuracy", "score")
@@ -69,7 +71,9 @@ class FineTuningModule(LightningModule):
         self.warmup_ratio = warmup_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
-        self._step_count = torch.zeros(())  # what the means of this optimiser step are over, so far
+        self._step = OptimiserStep()
+        self.step_flaw = ""
+        """Why the last optimiser step was skipped; empty where it was sound."""
 
     def check_options(self, data: LightningDataModule | None) -> None:
         """Whatever can be wrong before any row is read or weight loaded.
@@ -164,7 +168,7 @@ class FineTuningModule(LightningModule):
             losses: One per token, pair or prompt.
             count: How many units they make up; a prompt without a scored sample, say, may be no unit.
         """
-        self._step_count = self._step_count.to(self.device) + count
+        self._step.add(losses, count)
         return losses.sum()
 
     @override
@@ -182,14 +186,13 @@ class FineTuningModule(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        total = self.trainer.strategy.reduce(self._step_count.clone().to(self.device), reduce_op="sum")
-        # Lightning has divided by the accumulation, the strategy averaged over the ranks.
-        averaged = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        factor = averaged / total if total > 0 else torch.zeros_like(total)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad))
-        self._step_count = torch.zeros((), device=self.device)
+        self._grad_norm, self.step_flaw = self._step.finish(
+            self.parameters(),
+            over_ranks=functools.partial(self.trainer.strategy.reduce, reduce_op="sum"),
+            averaged=self.trainer.accumulate_grad_batches * self.trainer.world_size,
+            scaled=self._gradient_scaler() is not None,
+        )
+        self.log("train/grad_norm", self._grad_norm, batch_size=1)
 
     @override
     def configure_gradient_clipping(
@@ -201,7 +204,7 @@ class FineTuningModule(LightningModule):
         by_norm = gradient_clip_algorithm in (None, "norm")
         if gradient_clip_val and by_norm and self._gradient_scaler() is None:
             # Lightning refuses this for a fused optimiser under bf16-mixed, where nothing needs unscaling.
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self._grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -24,6 +24,7 @@ from lightning_modules.functional.reinforce import (
 )
 from lightning_modules.generation.rollouts import (
     Rollout,
+    broken,
     check_advantages,
     log_completions,
     rollout_metrics,
@@ -131,13 +132,12 @@ class RLOOModule(FineTuningModule):
         samples = self.sample(batch, seeds_of(words, count=self.samples_per_prompt * len(batch.prompts)))
         score = functools.partial(score_samples, self.reward, batch.prompts, samples, self.tokenizer)
         scores = self._ranks.own(score)  # which may take one process long, or fail there
-
         completions = self.completions(self.model, samples.tokens, entropy=True)
         log_probs = self.by_prompt(completions)
         log_ratios = self.log_ratios(log_probs.detach(), samples)
         rewards = kl_penalised_rewards(self.penalised(scores, samples), log_ratios, beta=self.beta)
         advantages = leave_one_out_advantages(rewards)
-        losses = policy_gradient_loss(log_probs, advantages)
+        losses = policy_gradient_loss(log_probs, advantages) + broken(scores, rewards)
 
         if self.is_first_step:
             check_advantages(advantages, self.reward)

@@ -7,17 +7,20 @@ No launcher ends the other ranks here, as one would.
 """
 
 import argparse
+import functools
 import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from cli import main as cli_main
 from tests.forked import start
@@ -37,6 +40,8 @@ class Case(NamedTuple):
     call: int = 3
     """At which call of it."""
     kills: bool = False
+    sleeps_s: float = 0.0
+    """How long it takes at that call, in the place of failing, with half as much time for the ranks' group."""
 
 
 CASES: Mapping[str, Case] = {
@@ -48,6 +53,7 @@ CASES: Mapping[str, Case] = {
     "loading-raises": Case("DPOModule", "lightning_modules.dpo.weights_digest", call=1),
     "killed-in-a-step": Case("SFTModule", "lightning_modules.sft.completion_losses", kills=True),
     "killed-in-sampling": Case("RLOOModule", "lightning_modules.rloo.sample_completions", kills=True),
+    "slow-reward": Case("RLOOModule", "lightning_modules.rloo.score_samples", call=8, sleeps_s=6.0),
 }
 
 
@@ -58,6 +64,8 @@ class Outcome(NamedTuple):
     """From the failure to the end of the last rank; infinite where one was still there."""
     told: bool
     """Whether the reason is in what was printed."""
+    right: bool
+    """Whether every rank ended as it should: well where one was slow, else not."""
     codes: list[Any]
 
 
@@ -71,7 +79,12 @@ def fail(case: Case, *, rank: int, failed_at: Path) -> Callable[..., Any]:
         nonlocal calls
         calls += 1
         if calls >= case.call and int(os.environ.get("LOCAL_RANK", "0")) == rank:
+            if case.sleeps_s and failed_at.exists():
+                return original(*args, **options)
             failed_at.touch()
+            if case.sleeps_s:
+                time.sleep(case.sleeps_s)
+                return original(*args, **options)
             if case.kills:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError(BROKEN)
@@ -90,7 +103,9 @@ def trial(directory: Path, name: str, *, rank: int, ranks: int) -> Outcome:
 
     def broken_run() -> int:
         function = fail(case, rank=rank, failed_at=failed_at)
-        with mock.patch(case.place, function):
+        patience = {"timeout": timedelta(seconds=case.sleeps_s / 2)} if case.sleeps_s else {}
+        connect = functools.partial(dist.init_process_group, **patience)
+        with mock.patch(case.place, function), mock.patch("torch.distributed.init_process_group", connect):
             return cli_main(arguments)
 
     processes = start(broken_run, ranks=ranks, log=folder / "log.txt")
@@ -107,7 +122,9 @@ def trial(directory: Path, name: str, *, rank: int, ranks: int) -> Outcome:
             process.join()
             seconds = float("inf")
     log = (folder / "log.txt").read_text()
-    return Outcome(seconds, failed_at.exists() and (case.kills or BROKEN in log), codes)
+    told = failed_at.exists() and (case.kills or case.sleeps_s > 0 or BROKEN in log)
+    ended = all(code == 0 for code in codes) if case.sleeps_s else all(codes)
+    return Outcome(seconds, told, ended, codes)
 
 
 def main() -> int:
@@ -128,7 +145,7 @@ def main() -> int:
                 print(f"{name:20} {rank:4} {found.seconds:8.1f} {found.told!s:>5} {found.codes}", flush=True)
                 if os.environ.get("SHOW"):
                     print((directory / f"{name}-{rank}" / "log.txt").read_text()[-1500:])
-                bad = bad or not found.told or found.seconds > LIMIT_S or 0 in found.codes
+                bad = bad or not found.told or not found.right or found.seconds > LIMIT_S
     return int(bad)
 
 

@@ -54,8 +54,8 @@ PLANTED = [
     Mutant(IO, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
     Mutant(
         BASE,
-        'to(self.device), reduce_op="sum")',
-        'to(self.device), reduce_op="mean")',
+        'self.trainer.strategy.reduce, reduce_op="sum")',
+        'self.trainer.strategy.reduce, reduce_op="mean")',
         "tests/test_modules.py -k ranks",
     ),
     Mutant(
@@ -343,6 +343,60 @@ PLANTED = [
 """Defects that once passed all tests (issue by issue, by their harm)."""
 
 OWN = [
+    Mutant(
+        "lightning_modules/optimiser_step.py",
+        "            parameter.grad = None\n",
+        "            parameter.grad.zero_()\n",
+        "tests/test_training_health.py -k changes_no_weight",
+    ),
+    Mutant(
+        "lightning_modules/optimiser_step.py",
+        "norm.isfinite() and not scaled",
+        "norm.isfinite()",
+        "tests/test_training_health.py -k scaler",
+    ),
+    Mutant(
+        "lightning_modules/rloo.py",
+        "policy_gradient_loss(log_probs, advantages) + broken(scores, rewards)",
+        "policy_gradient_loss(log_probs, advantages)",
+        "tests/test_training_health.py -k log_probs",
+    ),
+    Mutant(
+        "callbacks/training_health.py",
+        "self._in_a_row + 1 if flaw else 0",
+        "self._in_a_row + bool(flaw)",
+        "tests/test_training_health.py -k keep_the_checkpoint",
+    ),
+    Mutant(
+        "datamodules/shards.py",
+        "self.repeats = rank >= len(items)",
+        "self.repeats = False",
+        "tests/test_ranks.py -k counts_once",
+    ),
+    Mutant(
+        "datamodules/encoding.py",
+        "            features=encode.features,  # which a part without a usable row could not tell\n",
+        "",
+        "tests/test_datamodules.py -k was_stopped",
+    ),
+    Mutant(
+        "callbacks/checkpoints/exact_resume.py",
+        "            trainer.num_sanity_val_steps = 0",
+        "            pass",
+        "tests/test_exact_resume.py -k all_its_figures",
+    ),
+    Mutant(
+        "callbacks/nemotron_evaluation.py",
+        '            self._last = state_dict["step"], read_result(state_dict["result"])',
+        "            pass",
+        "tests/test_exact_resume.py -k all_its_figures",
+    ),
+    Mutant(
+        "lightning_modules/rloo.py",
+        "        scores = self._ranks.own(score)",
+        "        scores = score()",
+        "tests/test_ranks.py -k longer_than_their_group",
+    ),
     Mutant(EXPORT, "if place.exists() and not is_export(place):", "if False:", "tests/test_run_folder.py -k export"),
     Mutant(
         EXPORT,

@@ -362,9 +362,13 @@ def test_the_mean_is_over_all_ranks(tiny_model_dir: Path) -> None:
             asked.append(reduce_op)
             return tensor + 1 if reduce_op == "sum" else (tensor + 1) / 2
 
-    fake: Any = types.SimpleNamespace(strategy=Strategy(), accumulate_grad_batches=2, world_size=2)
+    precision = types.SimpleNamespace()
+    fake: Any = types.SimpleNamespace(
+        strategy=Strategy(), accumulate_grad_batches=2, world_size=2, precision_plugin=precision
+    )
     module._trainer = fake
-    module._step_count = torch.tensor(3.0)
+    module.log = lambda *args, **options: None  # type: ignore[method-assign]
+    module.sum_for_step(torch.ones(3), 3)
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
     module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), lr=1.0))

@@ -75,6 +75,10 @@ def test_a_rank_that_fails_or_is_killed_ends_the_others_at_once() -> None:
     assert len(table.splitlines()) == 5
 
 
+def test_ranks_wait_for_a_slow_reward_longer_than_their_group_would() -> None:
+    in_a_process_of_its_own("tests.hangs", "--cases", "slow-reward")
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails_anywhere_ends_the_others_at_once() -> None:
     in_a_process_of_its_own("tests.hangs")

@@ -59,7 +59,7 @@ WRONG = [
     ("--checkpoint.last_every_minutes 0", "checkpoint.last_every_minutes must be positive, got 0"),
     ("--ckpt_path last --overwrite true", "--ckpt_path goes on and --overwrite true starts over: name one of the two"),
     ("--trainer.gradient_clip_algorithm norms", "Allowed algorithms: ['value', 'norm']"),
-    ("--trainer.default_root_dir /proc/none", "cannot make /proc/none"),
+    ("--trainer.default_root_dir /proc/none", "cannot write into '/proc/none'"),
     ("--trainer nowhere.yaml", "Unable to load config 'nowhere.yaml'"),
     ("--seed_everything x", "seed_everything must be true or false or a whole number, got x"),
     ("--checkpoint.mode lowest", "`mode` can be min, max but got lowest"),

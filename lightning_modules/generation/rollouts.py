@@ -52,6 +52,14 @@ def score_samples(
     return torch.tensor(scores, dtype=torch.float32, device=samples.finished.device).view(-1, count)
 
 
+def broken(scores: Float[Tensor, "prompt sample"], rewards: Float[Tensor, "prompt sample"]) -> Float[Tensor, " prompt"]:
+    """NaN for prompts with a scored sample without a reward, as log-probabilities were none; 0 for all others.
+
+    Added to the loss, so that it is no finite number: the sample would count as one that could not be scored.
+    """
+    return torch.where((rewards.isnan() & ~scores.isnan()).any(1), torch.nan, 0.0)
+
+
 def check_advantages(advantages: Float[Tensor, "prompt sample"], reward: Reward) -> None:
     """Of the first batch: something could be scored, and the advantages of a prompt sum to 0, whatever its rewards.
 

@@ -1,0 +1,63 @@
+"""The mean over everything in an optimiser step, and whether the step is sound."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class OptimiserStep:
+    """What an optimiser step has come to so far: the sum of its losses, and the number that their mean is over."""
+
+    def __init__(self) -> None:
+        self.count_and_loss = torch.zeros(2)
+
+    def add(self, losses: Float[Tensor, "..."], count: Float[Tensor, ""] | Tensor | int) -> None:
+        """Add a micro-batch."""
+        device = losses.device
+        count_and_loss = torch.stack([torch.as_tensor(count, device=device).float(), losses.detach().float().sum()])
+        self.count_and_loss = self.count_and_loss.to(device) + count_and_loss
+
+    def finish(
+        self, parameters: Iterable[Parameter], *, over_ranks: Callable[[Tensor], Tensor], averaged: int, scaled: bool
+    ) -> tuple[Float[Tensor, ""], str]:
+        """Make the gradients those of the mean, or none where the step is not sound, and begin the next step.
+
+        An optimiser passes over what has no gradient, so a step that is not sound changes no weight and no moment.
+
+        Args:
+            parameters: Of the module, with their gradients.
+            over_ranks: Sums a tensor over the ranks.
+            averaged: What the gradients are divided by already: Lightning divides by the batches of the step, the
+                strategy by the ranks.
+            scaled: Whether a gradient scaler looks for infinite gradients, and expects some.
+
+        Returns:
+            The norm of the gradients, over all of them, and why the step is not sound; empty where it is. Both are
+            the same on every rank.
+        """
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        total, loss = over_ranks(self.count_and_loss.clone()).unbind()
+        self.count_and_loss = torch.zeros_like(self.count_and_loss)
+        factor = averaged / total if total > 0 else torch.zeros_like(total)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        flaw = _flaw(total, loss, norm, scaled=scaled)
+        for parameter in trained if flaw else ():
+            parameter.grad = None
+        return norm, flaw
+
+
+def _flaw(total: Float[Tensor, ""], loss: Float[Tensor, ""], norm: Float[Tensor, ""], *, scaled: bool) -> str:
+    """Why a step is not sound."""
+    if not loss.isfinite():
+        return f"its loss is {loss.item()}"
+    if not norm.isfinite() and not scaled:
+        return f"the norm of its gradient is {norm.item()}"
+    if total == 0:
+        return "nothing in it can be learned from, as nothing was scored"
+    return ""
