@@ -7,7 +7,6 @@ No launcher ends the other ranks here, as one would.
 """
 
 import argparse
-import functools
 import os
 import signal
 import sys
@@ -53,7 +52,7 @@ CASES: Mapping[str, Case] = {
     "loading-raises": Case("DPOModule", "lightning_modules.dpo.weights_digest", call=1),
     "killed-in-a-step": Case("SFTModule", "lightning_modules.sft.completion_losses", kills=True),
     "killed-in-sampling": Case("RLOOModule", "lightning_modules.rloo.sample_completions", kills=True),
-    "slow-reward": Case("RLOOModule", "lightning_modules.rloo.score_samples", call=8, sleeps_s=6.0),
+    "slow-reward": Case("RLOOModule", "lightning_modules.rloo.score_samples", sleeps_s=6.0),
 }
 
 
@@ -104,7 +103,11 @@ def trial(directory: Path, name: str, *, rank: int, ranks: int) -> Outcome:
     def broken_run() -> int:
         function = fail(case, rank=rank, failed_at=failed_at)
         patience = {"timeout": timedelta(seconds=case.sleeps_s / 2)} if case.sleeps_s else {}
-        connect = functools.partial(dist.init_process_group, **patience)
+        original = dist.init_process_group
+
+        def connect(*args: Any, **options: Any) -> None:
+            original(*args, **{**options, **patience})
+
         with mock.patch(case.place, function), mock.patch("torch.distributed.init_process_group", connect):
             return cli_main(arguments)
 

@@ -40,6 +40,7 @@ def test_three_kills_of_a_method_change_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("method", METHODS)
 def test_fifty_kills_change_nothing_with_workers_and_without(method: str) -> None:
     assert_kills_change_nothing("--kills", "50", "--seed", "2", "--methods", method)
