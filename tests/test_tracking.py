@@ -1,8 +1,13 @@
 """W&B's names and modes: never a question, offline where nobody is logged in."""
 
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import wandb
 
 from callbacks.logging.tracking import WandbTracking, environment_mode, run_name
 
@@ -59,3 +64,44 @@ def test_project_group_and_job_type_reach_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("WANDB_PROJECT")
     default = WandbTracking(save_dir=str(tmp_path / "run"), mode="disabled")
     assert default._wandb_init["project"] == "cs224r_deeprl_final"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """One that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "silent"])
+def test_a_server_that_does_not_answer_means_offline_within_seconds(
+    closed: bool, silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9" if closed else silent_server)
+    began = time.monotonic()
+    logger = WandbTracking(save_dir=str(tmp_path / "run"))
+    assert time.monotonic() - began < 10
+    assert logger._wandb_init["mode"] == "offline"
+    assert any("W&B cannot be reached" in str(warning.message) for warning in recwarn.list)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_that_refuses_the_key_costs_tracking_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    asked: list[str] = []
+
+    def init(mode: str, **options: Any) -> Any:
+        asked.append(mode)
+        if mode == "online":
+            raise wandb.errors.AuthenticationError("API key verification failed\nand more")
+        return object()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr("callbacks.logging.tracking.unreachable", str)
+    logger = WandbTracking(save_dir=str(tmp_path / "run"), mode="online")
+    assert logger.experiment is logger.experiment is not None
+    assert asked == ["online", "offline"]
+    assert any("takes no run (API key verification failed)" in str(warning.message) for warning in recwarn.list)

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import requests
 import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from typing_extensions import override
 
 PROJECT = "cs224r_deeprl_final"
+PROBE_S = 4.0
+"""For a connection, and again for an answer."""
+INIT_TIMEOUT_S = 30.0
 
 
 class WandbTracking(WandbLogger):
@@ -41,9 +47,12 @@ class WandbTracking(WandbLogger):
     ) -> None:
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         mode = mode or environment_mode()
+        if mode == "online" and rank_zero_only.rank == 0 and (reason := unreachable()):  # type: ignore[attr-defined]
+            rank_zero_warn(f"W&B cannot be reached ({reason}), so this run is recorded offline")
+            mode = "offline"
         offline = mode != "online"
         upload: Literal["all"] | bool = {"none": False, "last": True, "all": "all"}[checkpoints]  # type: ignore[assignment]
-        settings = wandb.Settings(silent=offline)
+        settings = wandb.Settings(silent=offline, init_timeout=INIT_TIMEOUT_S)
         extra: dict[str, Any] = {"settings": settings, "mode": mode, "job_type": job_type, "group": group, "tags": tags}
         super().__init__(
             name=name,
@@ -59,6 +68,21 @@ class WandbTracking(WandbLogger):
         if offline and checkpoints != "none":
             rank_zero_warn(f"wandb.checkpoints={checkpoints} uploads nothing while W&B is {mode}")
 
+    @property
+    @rank_zero_experiment
+    @override
+    def experiment(self) -> Any:
+        """The run; offline where W&B takes none now, which costs tracking alone."""
+        try:
+            return super().experiment
+        except wandb.errors.Error as error:
+            if self._offline:
+                raise
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            rank_zero_warn(f"W&B takes no run ({told[0][:200]}), so this one is recorded offline; check WANDB_API_KEY")
+            self._offline, self._wandb_init["mode"] = True, "offline"
+            return super().experiment
+
 
 def environment_mode() -> Literal["online", "offline", "disabled"]:
     """``WANDB_MODE`` where it is set; else online where a key is found, as ``wandb login`` leaves it."""
@@ -68,10 +92,19 @@ def environment_mode() -> Literal["online", "offline", "disabled"]:
     return "online" if os.environ.get("WANDB_API_KEY") or _logged_in() else "offline"
 
 
-def _logged_in() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def unreachable() -> str:
+    """Why W&B's server does not answer; empty where it does, whatever it says."""
     try:
-        return netrc.netrc().authenticators(host) is not None
+        requests.head(wandb.Settings().base_url, timeout=PROBE_S, allow_redirects=False)
+    except requests.RequestException as error:
+        return type(error).__name__
+    return ""
+
+
+def _logged_in() -> bool:
+    hosts = {urlparse(address).hostname or "" for address in (wandb.Settings().base_url, "https://api.wandb.ai")}
+    try:
+        return any(netrc.netrc().authenticators(host) is not None for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 
