@@ -30,6 +30,8 @@ RELIED_ON: list[tuple[Any, str, list[str] | None]] = [
     (_SignalConnector, "_register_signal", ["signum", "handlers"]),
     (_SignalConnector, "_slurm_sigusr_handler_fn", ["signum", "_"]),
     (ModelCheckpoint, "_save_checkpoint", ["trainer", "filepath"]),
+    (ModelCheckpoint, "_save_topk_checkpoint", ["trainer", "monitor_candidates"]),
+    (ModelCheckpoint, "_save_last_checkpoint", ["trainer", "monitor_candidates"]),
     (ModelCheckpoint, "_link_checkpoint", ["trainer", "filepath", "linkpath"]),
     (ModelCheckpoint, "_should_remove_checkpoint", ["trainer", "previous", "current"]),
     (LightningCLI, "_parse_ckpt_path", []),

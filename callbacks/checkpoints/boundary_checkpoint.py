@@ -4,15 +4,19 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from callbacks.checkpoints.checkpoint_io import NotWrittenError, WholeCheckpointIO
 from callbacks.lightning_internals import at_step_boundary, ends_epoch, validation_follows
 from core.errors import ConfigurationError
 from core.files import check_writable
@@ -135,13 +139,31 @@ class BoundaryCheckpoint(ModelCheckpoint):
 
     def _save_if_late(self, trainer: Trainer) -> None:
         if self._late(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")
+            path = Path(self.dirpath or trainer.default_root_dir) / "last.ckpt"
+            self._attempt(lambda: write(trainer, partial(trainer.save_checkpoint, path)))
             self._saved_at = time.monotonic()
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+        write(trainer, partial(super()._save_checkpoint, trainer, filepath))
         self._saved_at = time.monotonic()
+
+    @override
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        self._attempt(partial(super()._save_topk_checkpoint, trainer, monitor_candidates))
+
+    @override
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
+        self._attempt(partial(super()._save_last_checkpoint, trainer, monitor_candidates))
+
+    def _attempt(self, save: Callable[[], None]) -> None:
+        """Save; where the disk takes nothing, go on with what is there, known as it was."""
+        before = {**vars(self), "best_k_models": dict(self.best_k_models)}
+        try:
+            save()
+        except NotWrittenError as error:
+            vars(self).update(before)
+            rank_zero_warn(f"training goes on without a checkpoint of this step: {error}")
 
     def _late(self, trainer: Trainer) -> bool:
         """Whether the last save is too long ago, by the first process's clock."""
@@ -168,6 +190,18 @@ class BoundaryCheckpoint(ModelCheckpoint):
             os.symlink(os.path.relpath(filepath, Path(linkpath).parent), partial)
             os.replace(partial, linkpath)
         trainer.strategy.barrier()
+
+
+def write(trainer: Trainer, save: Callable[[], None]) -> None:
+    """Save; where the disk takes nothing raise a NotWrittenError, on every process and once all have come so far."""
+    writer = trainer.strategy.checkpoint_io
+    if not isinstance(writer, WholeCheckpointIO):
+        save()
+        return
+    with writer.noting():
+        save()
+    if told := trainer.strategy.broadcast(str(writer.told or "")):
+        raise NotWrittenError(told)
 
 
 def check_names(filename: str | None, dirpath: Any, asked: Any) -> None:

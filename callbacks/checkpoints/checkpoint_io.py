@@ -3,8 +3,8 @@
 import os
 import pickle
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,41 @@ RESUMABLE = ("state_dict", "loops", "optimizer_states", "pytorch-lightning_versi
 """What training goes on from; a file of weights alone lacks some of them."""
 
 
+class NotWrittenError(ConfigurationError):
+    """The disk took no checkpoint; the one before it is as it was."""
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs and renames, so a reader finds the old file or the new one, whatever is killed.
 
     Loading never runs code: tensors and plain values only, whatever the caller asks for.
     """
 
+    def __init__(self) -> None:
+        self.told: NotWrittenError | None = None
+        """Why the last checkpoint is not written, where it was to be noted and not raised."""
+        self._notes = False
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Have a disk that takes no checkpoint be noted meanwhile, as other processes wait for the one that writes."""
+        self.told, self._notes = None, True
+        try:
+            yield
+        finally:
+            self._notes = False
+
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
-        else:
+            return
+        try:
             write_checkpoint(checkpoint, Path(path))
+        except NotWrittenError as error:
+            if not self._notes:
+                raise
+            self.told = error
 
     @override
     def load_checkpoint(
@@ -53,7 +76,7 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
     """Save a checkpoint that is there in full or not at all.
 
     Raises:
-        ConfigurationError: If the folder cannot be written or the disk is full; the file that was there is as it was.
+        NotWrittenError: If the folder cannot be written or the disk is full; the file that was there is as it was.
     """
     partial = target.with_name(target.name + PARTIAL)
     try:
@@ -71,7 +94,7 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps a failed write
         if not isinstance(cause, OSError):
             raise
-        raise ConfigurationError(
+        raise NotWrittenError(
             f"cannot write the checkpoint {target} ({cause.strerror}); the one before it is untouched: "
             "make room there or change checkpoint.dirpath, then go on with --ckpt_path last"
         ) from error
