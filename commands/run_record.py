@@ -13,6 +13,8 @@ from typing_extensions import override
 
 from core.errors import ConfigurationError
 from core.files import write_whole
+from datamodules.base import ChatDataModule
+from lightning_modules.models.identity import directory_digest
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
 
@@ -29,9 +31,12 @@ class SaveConfig(SaveConfigCallback):
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)  # and not a logger's, as which loggers there are is the user's affair
+        found = json.dumps(environment(trainer, pl_module.model_name), indent=2) + "\n"
         try:
             write_whole(folder / "config.yaml", self.parser.dump(self.config, skip_none=False))
-            write_whole(folder / "environment.json", json.dumps(environment(trainer), indent=2) + "\n")
+            write_whole(
+                folder / "environment.json", json.dumps(environment(trainer, pl_module.model_name), indent=2) + "\n"
+            )
         except OSError as error:
             raise ConfigurationError(
                 f"cannot write into {folder} ({error.strerror}); make room there, or change trainer.default_root_dir"
@@ -40,13 +45,22 @@ class SaveConfig(SaveConfigCallback):
             logger.log_hyperparams(self.config.as_dict())
 
 
-def environment(trainer: Trainer) -> dict[str, Any]:
-    """What a run ran on, as far as it may change its figures."""
+def environment(trainer: Trainer, model_name: str) -> dict[str, Any]:
+    """What a run's figures depend on beside its options: versions, hardware, arithmetic, the content of its inputs."""
     device = trainer.strategy.root_device
+    data: Any = getattr(trainer, "datamodule", None)
+    on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
         "precision": trainer.precision,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "model": directory_digest(model_name),
+        "data": data.digests() if isinstance(data, ChatDataModule) else {},
     }

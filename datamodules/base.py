@@ -19,7 +19,14 @@ from datamodules import chat, chat_template, encoding, messages
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
-from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row, encode_rows
+from datamodules.encoding import (
+    encode_conversation_row,
+    encode_preference_row,
+    encode_prompt_row,
+    encode_rows,
+    row_lengths,
+    rows_digest,
+)
 from datamodules.position import BEGINNING, ResumableSampler
 from datamodules.shards import ShardSampler
 from datamodules.source import load_rows
@@ -159,6 +166,10 @@ class ChatDataModule(LightningDataModule):
         self.repeats_validation = sampler.repeats
         return self._loader(rows, sampler)
 
+    def digests(self) -> dict[str, str]:
+        """Of the content of each split as it is trained on: two runs with the same have seen the same tokens."""
+        return {split: rows_digest(rows) for split, rows in self._splits.items()}
+
     def _ranks(self) -> tuple[int, int]:
         """How many processes there are, and which one this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -230,16 +241,6 @@ def code_digest() -> str:
     """Of the code that rows are encoded with."""
     files = (Path(str(module.__file__)) for module in (messages, chat_template, chat, encoding))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def row_lengths(rows: Dataset) -> list[int]:
-    """Tokens of each row, over its token columns; read without making Python objects of the tokens."""
-    lengths: list[int] = []
-    columns = [name for name in rows.column_names if name.endswith("_ids")]
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1_000):
-        counts = [table.column(name).combine_chunks().value_lengths().to_pylist() for name in columns]
-        lengths += map(sum, zip(*counts, strict=True))
-    return lengths
 
 
 def collate_columns(columns: Mapping[str, Sequence[Any]], *, collate: Callable[[Sequence[Any]], Any]) -> Any:

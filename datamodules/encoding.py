@@ -1,5 +1,6 @@
 """From a row's messages to the columns a task trains on; a row that cannot be used carries the reason instead."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -149,3 +150,25 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[Mes
 def _drop_if(condition: bool, reason: str) -> None:
     if condition:
         raise UnusableRowError(reason)
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row, over its token columns; read without making Python objects of the tokens."""
+    lengths: list[int] = []
+    columns = [name for name in rows.column_names if name.endswith("_ids")]
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1_000):
+        counts = [table.column(name).combine_chunks().value_lengths().to_pylist() for name in columns]
+        lengths += map(sum, zip(*counts, strict=True))
+    return lengths
+
+
+def rows_digest(rows: Dataset) -> str:
+    """Of the tokens and masks of all rows, in order."""
+    names = sorted(name for name in rows.column_names if name.endswith(("_ids", "_mask")))
+    digest = hashlib.sha256(str(names).encode())
+    for table in rows.select_columns(names).with_format("arrow").iter(batch_size=1_000):
+        for column in table.combine_chunks().columns:
+            whole = column.combine_chunks()
+            digest.update(whole.value_lengths().to_numpy().tobytes())
+            digest.update(whole.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()

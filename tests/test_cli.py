@@ -129,7 +129,10 @@ def test_validate_takes_any_model_and_a_file_of_prompts(
     assert all(p["outcome"] == "tie" for p in pairs)
     compared = cli("compare", str(tmp_path / "run"), "--output", str(tmp_path / "report"))
     assert compared.returncode == 0, compared.stderr
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["packages"]["torch"]
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert told["packages"]["torch"]
+    assert told["data"] == {}
+    assert len(told["model"]) == 64
 
 
 def test_validate_evaluates_every_checkpoint_of_a_folder(config: Any, tmp_path: Path, cli: Cli) -> None:

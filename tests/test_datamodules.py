@@ -406,3 +406,15 @@ def test_a_tokenisation_that_was_stopped_goes_on_with_the_part_it_was_at(
     assert encoded() == expected, "also where the first part has nothing that tells its type"
     assert encoded() == expected
     assert (tmp_path / "rows").read_text() == "0 1 2 3 4 5 4 5 6 7 8 9 ", "no part that was whole is encoded again"
+
+
+def test_what_was_trained_on_has_a_digest_of_its_content(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Whatever the files are called and whenever they were written; a token more or a row elsewhere changes it."""
+    rows = [{"messages": [user(f"{i}"), assistant("a" * (i + 1))]} for i in range(4)]
+    changed = [*rows[:3], {"messages": [user("3"), assistant("aaab")]}]
+    found = [
+        talk(tmp_path / str(number), tiny_model_dir, content).digests()["train"]
+        for number, content in enumerate((rows, rows, changed, rows[::-1]))
+    ]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3

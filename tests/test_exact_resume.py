@@ -20,7 +20,7 @@ from datamodules.position import Position, ResumableSampler
 from datamodules.token_budget import TokenBudgetSampler
 from lightning_modules import SFTModule
 from tests.command_line import Cli, assert_refused
-from tests.kills import METHODS
+from tests.kills import METHODS, make_material
 
 ROOT = Path(__file__).parents[1]
 
@@ -253,3 +253,30 @@ def test_the_model_card_of_a_run_killed_in_its_export_has_all_its_figures(
     shutil.rmtree(card.parent)
     assert cli("fit", "--config", path, "--ckpt_path", "last").returncode == 0
     assert card.read_text() == before
+
+
+def test_two_fresh_runs_with_one_seed_are_equal_bit_for_bit(tmp_path: Path) -> None:
+    """Under different hash seeds, numbers of workers and of logging steps; two methods draw samples."""
+    make_material(tmp_path / "material")
+    started = []
+    for name, workers, log_every in (("one", 0, 1), ("two", 2, 3)):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(len(name) + workers)}
+        environment |= {"WANDB_MODE": "disabled", "HF_DATASETS_CACHE": str(tmp_path / f"datasets-{name}")}
+        options = [str(tmp_path / "material"), str(tmp_path / name), "--workers", str(workers)]
+        command = [sys.executable, "-m", "tests.repeats", *options, "--log_every", str(log_every)]
+        with (tmp_path / f"{name}.txt").open("w") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    assert [process.wait(280) for process in started] == [0, 0], (tmp_path / "one.txt").read_text()[-2000:]
+    for method in METHODS:
+        one, two = tmp_path / "one" / method, tmp_path / "two" / method
+        files = ["final/model.safetensors", *(str(f.relative_to(one)) for f in one.glob("eval/*/pairs.jsonl"))]
+        for file in files:
+            assert (one / file).read_bytes() == (two / file).read_bytes(), f"{file} of {method}"
+        validations = [
+            [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val/loss" in line]
+            for run in (one, two)
+        ]
+        assert validations[0] == validations[1]
+        told = [json.loads((run / "environment.json").read_text()) for run in (one, two)]
+        assert told[0] == told[1]
+        assert set(told[0]["data"]) == {"train_prefs", "test_prefs"}
