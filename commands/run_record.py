@@ -34,9 +34,7 @@ class SaveConfig(SaveConfigCallback):
         found = json.dumps(environment(trainer, pl_module.model_name), indent=2) + "\n"
         try:
             write_whole(folder / "config.yaml", self.parser.dump(self.config, skip_none=False))
-            write_whole(
-                folder / "environment.json", json.dumps(environment(trainer, pl_module.model_name), indent=2) + "\n"
-            )
+            write_whole(folder / "environment.json", found)
         except OSError as error:
             raise ConfigurationError(
                 f"cannot write into {folder} ({error.strerror}); make room there, or change trainer.default_root_dir"
