@@ -1,7 +1,9 @@
-"""Writes ``final/``: a Hugging Face model directory that plain transformers and vLLM load."""
+"""Writes ``final/``, a Hugging Face model directory that plain transformers and vLLM load, and ``adapter/`` of LoRA."""
 
+import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ from typing_extensions import override
 
 from callbacks.model_card import LINEAGE, lineage, model_card
 from core.errors import ConfigurationError
+from core.files import write_whole
 from lightning_modules.base import FineTuningModule
+from lightning_modules.models.adapters import save_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-TAKEN = {"cache", "checkpoints", "csv", "eval", "lightning_logs", "wandb"}
+ADAPTER = "adapter"
+"""Where the adapter goes, within the run's folder."""
+TAKEN = {ADAPTER, "cache", "checkpoints", "csv", "eval", "lightning_logs", "wandb"}
 """Names in a run's folder that are something else's."""
 
 
@@ -26,14 +32,17 @@ class HuggingFaceExport(Callback):
 
     An earlier export in its place is removed once the new one is whole; anything else that is there is never touched.
 
+    A run that trains an adapter writes it to ``adapter/``, and to the directory the model that it is merged into.
+
     Args:
         directory: Where to, a plain name within the run's folder.
+        merged: Whether a run with an adapter writes that model too.
 
     Raises:
         ConfigurationError: If it is no plain name or another part of the run's.
     """
 
-    def __init__(self, directory: str = "final") -> None:
+    def __init__(self, directory: str = "final", merged: bool = True) -> None:
         plain = NAME.fullmatch(directory) and not directory.endswith((".", ".partial", ".old"))
         if not plain or directory.lower() in TAKEN:
             raise ConfigurationError(
@@ -41,11 +50,13 @@ class HuggingFaceExport(Callback):
                 "digits, dots, - and _"
             )
         self.directory = directory
+        self.merged = merged
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, FineTuningModule) and not getattr(trainer, "fast_dev_run", False):
-            check_place(Path(trainer.default_root_dir) / self.directory)
+            for directory, _ in self._parts(pl_module):
+                check_place(Path(trainer.default_root_dir) / directory)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,10 +68,16 @@ class HuggingFaceExport(Callback):
             )
             return
         if trainer.is_global_zero:
-            target = Path(trainer.default_root_dir) / self.directory
-            write_export(trainer, pl_module, target)
-            rank_zero_info(f"exported the model to {target}")
+            for directory, write in self._parts(pl_module):
+                target = Path(trainer.default_root_dir) / directory
+                write_export(trainer, pl_module, target, write)
+                rank_zero_info(f"exported the {'model' if write is export else 'adapter'} to {target}")
         trainer.strategy.barrier("export")
+
+    def _parts(self, module: FineTuningModule) -> list[tuple[str, Callable[[FineTuningModule, Path], None]]]:
+        """The directories to write, and what writes each."""
+        whole = [(self.directory, export)] if self.merged or module.lora is None else []
+        return [*whole, *([(ADAPTER, export_adapter)] if module.lora is not None else [])]
 
 
 def check_place(target: Path) -> None:
@@ -85,8 +102,10 @@ def beside(target: Path) -> tuple[Path, Path]:
     return target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.old")
 
 
-def write_export(trainer: Trainer, module: FineTuningModule, target: Path) -> None:
-    """Export a model in full or not at all.
+def write_export(
+    trainer: Trainer, module: FineTuningModule, target: Path, write: Callable[[FineTuningModule, Path], None]
+) -> None:
+    """Export a model or adapter in full or not at all.
 
     Raises:
         ConfigurationError: If the place is taken by something else or the disk is full; what was there stays.
@@ -98,7 +117,7 @@ def write_export(trainer: Trainer, module: FineTuningModule, target: Path) -> No
         history = lineage(trainer, module)
         partial.mkdir(parents=True)
         (partial / LINEAGE).write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
-        export(module, partial)
+        write(module, partial)
         (partial / "README.md").write_text(model_card(trainer, module, history), encoding="utf-8")
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -126,5 +145,18 @@ def export(module: FineTuningModule, directory: Path) -> None:
         model.generation_config = GenerationConfig(**settings)
     model.config.eos_token_id = stops[0]
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(directory)
+    if module.lora is None:
+        model.save_pretrained(directory)
+    else:
+        model.save_pretrained(directory, state_dict=module.exported_state())
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        config["dtype"] = str(module.base_dtype).removeprefix("torch.")  # transformers writes the trained model's
+        write_whole(directory / "config.json", json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
+
+
+def export_adapter(module: FineTuningModule, directory: Path) -> None:
+    """Save the adapter, with the tokenizer and template that it was trained with."""
+    assert module.lora is not None
+    save_adapter(module.model, module.lora, directory, base=module.loaded_name)
+    module.tokenizer.save_pretrained(directory)

@@ -225,7 +225,7 @@ class NemotronEvaluation(Callback):
                 reward_source=reward_name(self.reward),
                 reference=self.reference_model or module.model_name,
                 model=judged(trainer, module),
-                model_digest=tensors_digest(module.model.state_dict().values()),
+                model_digest=tensors_digest(module.exported_state().values()),
                 max_failed_share=self.max_failed_share,
             )
         self._ranks.gather(lambda: tell(trainer, found, directory) if trainer.is_global_zero else None)

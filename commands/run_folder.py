@@ -11,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
-from callbacks.hugging_face_export import is_export
+from callbacks.hugging_face_export import ADAPTER, is_export
 from commands.parsing import named_values, read_config
 from core.errors import ConfigurationError
 from core.text import printable
+from lightning_modules.models.adapters import CONFIG
 
 LOGS = ("metrics.jsonl", "tables.jsonl", "validation.jsonl")
 MODEL_OPTIONS = {"model.model_name", "model.init_args.model_name"}
@@ -33,6 +34,7 @@ class RunFolder:
         self.root = root
         self.checkpoints = checkpoints
         self.final = final
+        self.adapter = root / ADAPTER
 
     def check_links(self) -> None:
         """Refuse to write evaluations through links, which may lead to another run's."""
@@ -67,7 +69,7 @@ class RunFolder:
             )
         if own or overwrite or (requeued and not resumes):
             return
-        finished = (self.final / "config.json").is_file()
+        finished = (self.final / "config.json").is_file() or (self.adapter / CONFIG).is_file()
         stopped = any(file.exists() for file in self.checkpoints.glob("*.ckpt"))
         if finished or stopped:
             none = " (it has no checkpoint now)" if not stopped else ""
@@ -81,8 +83,9 @@ class RunFolder:
 
         A link goes, never what it leads to.
         """
-        if self._owns(self.final) and is_export(self.final):
-            remove(self.final)
+        for export in (self.final, self.adapter):
+            if self._owns(export) and is_export(export):
+                remove(export)
         for metrics in (self.root / "eval").glob("*/metrics.json"):
             if self._owns(metrics.parent):
                 remove(metrics.parent)

@@ -1,14 +1,13 @@
 """What the methods share: options, loading, the optimiser, and the mean over everything in an optimiser step."""
 
 import functools
-import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +19,8 @@ from typing_extensions import override
 from core.errors import ConfigurationError
 from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
+from lightning_modules.adapted import AdaptedModule, global_seed
+from lightning_modules.models.adapters import LoraOptions
 from lightning_modules.models.loading import load_causal_lm, load_config
 from lightning_modules.optimiser_step import OptimiserStep
 
@@ -28,7 +29,7 @@ SHOWN = ("loss", "accuracy", "score")
 """Metrics that the progress bar shows."""
 
 
-class FineTuningModule(LightningModule):
+class FineTuningModule(AdaptedModule):
     """Base of the methods; a method adds its options, its ``training_step`` and its ``validation_step``.
 
     Args:
@@ -39,6 +40,7 @@ class FineTuningModule(LightningModule):
         warmup_ratio: Share of all steps over which the learning rate rises from 0.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         compile: Run the model through ``torch.compile``.
+        lora: Train an adapter beside the frozen weights, which takes much less memory; not given for all weights.
     """
 
     method: ClassVar[str]
@@ -59,6 +61,7 @@ class FineTuningModule(LightningModule):
         warmup_ratio: float = 0.1,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        lora: LoraOptions | None = None,
     ) -> None:
         super().__init__()
         require(learning_rate > 0, "model.learning_rate must be positive", learning_rate)
@@ -71,6 +74,7 @@ class FineTuningModule(LightningModule):
         self.warmup_ratio = warmup_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
+        self.use_adapter(lora)
         self._step = OptimiserStep()
         self.step_flaw = ""
         """Why the last optimiser step was skipped; empty where it was sound."""
@@ -113,6 +117,8 @@ class FineTuningModule(LightningModule):
         self.model = self.load_model()
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+            if self.lora is not None:
+                self.model.enable_input_require_grads()  # or no gradient would enter the first layer
         if self.compile_model:
             self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.
@@ -132,9 +138,7 @@ class FineTuningModule(LightningModule):
 
     def load_model(self) -> PreTrainedModel:
         """The model to train."""
-        model = load_causal_lm(self.model_name, self.tokenizer)
-        model.train()
-        return model
+        return self.prepared(load_causal_lm(self.loaded_name, self.tokenizer))
 
     def stop_token_ids(self) -> list[int]:
         """The tokens that end a completion: the template's end of turn, and the model's end of text."""
@@ -234,11 +238,6 @@ class FineTuningModule(LightningModule):
         """Log training metrics of this step."""
         for name, value in metrics.items():
             self.log(f"train/{name}", value, prog_bar=name in SHOWN, batch_size=batch_size)
-
-
-def global_seed() -> str:
-    """The run's seed, which Lightning hands to every process in this variable."""
-    return os.environ.get("PL_GLOBAL_SEED", "0")
 
 
 def require(condition: bool, rule: str, value: object) -> None:

@@ -29,7 +29,8 @@ from lightning_modules.functional.preference import (
     sigmoid_loss,
 )
 from lightning_modules.models.identity import weights_digest
-from lightning_modules.models.loading import FrozenReference, load_causal_lm, without_dropout
+from lightning_modules.models.loading import load_causal_lm, without_dropout
+from lightning_modules.models.reference import make_reference
 from lightning_modules.models.reference_cache import PairTable, ask_about_run, look_up
 
 Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]
@@ -87,23 +88,23 @@ class DPOModule(FineTuningModule):
         self.sft_weight = sft_weight
         self.reference_model = reference_model
         self.precompute_reference = precompute_reference
-        self.reference = FrozenReference(self.load_reference)
+        self.reference = make_reference(
+            reference_model,
+            adapted=self.lora is not None,
+            start=lambda: load_causal_lm(self.model_name, self.tokenizer),
+            tokenizer=lambda: self.tokenizer,
+        )
         self._reference_table: PairTable = {}
 
     @override
     def load_model(self) -> PreTrainedModel:
         return without_dropout(super().load_model())
 
-    def load_reference(self) -> PreTrainedModel:
-        """The named reference, or the starting policy as it was loaded."""
-        if self.reference_model is None:
-            return load_causal_lm(self.model_name, self.tokenizer)
-        return load_causal_lm(self.reference_model, self.tokenizer, option="model.reference_model")
-
     @override
     def on_train_start(self) -> None:
         if self.precompute_reference:
-            digest = weights_digest(self.reference.like(self.model))[:32]
+            with self.reference.beside(self.model) as reference:
+                digest = weights_digest(reference)[:32]
             name = f"reference-{digest}-{self.trainer.precision}-{self.device.type}.jsonl"
             file = Path(self.trainer.default_root_dir).parent / "cache" / name
             self._reference_table = ask_about_run(self.trainer, self.reference_log_probs, file)
@@ -135,10 +136,9 @@ class DPOModule(FineTuningModule):
 
     @override
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        policy, reference = (
-            completion_states(model, batch.tokens, batch.pairs())
-            for model in (self.model, self.reference.like(self.model))
-        )
+        policy = completion_states(self.model, batch.tokens, batch.pairs())
+        with self.reference.beside(self.model) as model:
+            reference = completion_states(model, batch.tokens, batch.pairs())
         losses, metrics = self.preference_losses(
             pair_log_probs(read_tokens(policy)), pair_log_probs(read_tokens(reference))
         )
@@ -148,7 +148,8 @@ class DPOModule(FineTuningModule):
     @torch.no_grad()
     def reference_log_probs(self, batch: PreferenceBatch) -> Float[Tensor, " batch"]:
         """What the reference gives to each completion, all chosen first."""
-        completions = completion_tokens(self.reference.like(self.model), batch.tokens, groups=batch.pairs())
+        with self.reference.beside(self.model) as model:
+            completions = completion_tokens(model, batch.tokens, groups=batch.pairs())
         return completions.sum_by_sequence(completions.log_probs)
 
     @override

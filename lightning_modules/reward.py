@@ -22,9 +22,7 @@ class RewardModule(FineTuningModule):
 
     @override
     def load_model(self) -> PreTrainedModel:
-        model = without_dropout(load_reward_model(self.model_name, self.tokenizer, new_head=True))
-        model.train()
-        return model
+        return without_dropout(self.prepared(load_reward_model(self.loaded_name, self.tokenizer, new_head=True)))
 
     @override
     def validation_metrics(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """REINFORCE leave-one-out: sample k completions a prompt, and compare each with the others."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from datamodules.batches import PromptBatch, TokenBatch
-from lightning_modules.base import FineTuningModule, global_seed, require
+from lightning_modules.adapted import global_seed
+from lightning_modules.base import FineTuningModule, require
 from lightning_modules.forward.completions import CompletionTokens, completion_tokens
 from lightning_modules.functional.reinforce import (
     clipped_policy_gradient_loss,
@@ -32,7 +34,8 @@ from lightning_modules.generation.rollouts import (
     seeds_of,
 )
 from lightning_modules.generation.sampler import Samples, sample_completions
-from lightning_modules.models.loading import load_reference, without_dropout
+from lightning_modules.models.loading import without_dropout
+from lightning_modules.models.reference import make_reference
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.preflight import preflight, processes_for, remote_parts
 
@@ -113,7 +116,11 @@ class RLOOModule(FineTuningModule):
     def load_model(self) -> PreTrainedModel:
         policy = without_dropout(super().load_model())
         if self.beta:
-            self.reference = load_reference(self.reference_model, policy, self.tokenizer)
+            adapted = self.lora is not None
+            start = policy if adapted else copy.deepcopy(policy)
+            self.reference = make_reference(
+                self.reference_model, adapted=adapted, start=lambda: start, tokenizer=lambda: self.tokenizer
+            )
         return policy
 
     @override
@@ -207,7 +214,8 @@ class RLOOModule(FineTuningModule):
         if not self.beta:
             return torch.zeros_like(log_probs)
         count = log_probs.shape[1]
-        reference = self.completions(self.reference.like(self.model), samples.tokens, count=count)
+        with self.reference.beside(self.model) as model:
+            reference = self.completions(model, samples.tokens, count=count)
         return log_probs - self.by_prompt(reference, count=count)
 
     def completions(

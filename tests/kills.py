@@ -61,10 +61,14 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def command(material: Path, run: Path, method: str, *, workers: int = 0, epochs: int = 2, ranks: int = 1) -> list[str]:
-    """The same command for the first start and for every later one."""
+def command(
+    material: Path, run: Path, method: str, *, workers: int = 0, epochs: int = 2, ranks: int = 1, rank: int = 0
+) -> list[str]:
+    """The same command for the first start and for every later one; ``rank`` is LoRA's, 0 for all weights."""
     task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
     model: dict[str, Any] = {"model_name": str(material / "model"), "learning_rate": 1e-2}
+    if rank:
+        model["lora"] = {"rank": rank}
     if method == "RLOOModule":
         reward = "lightning_modules.rewards.rules.brevity"
         model |= {"reward": reward, "max_completion_length": 5, "samples_per_prompt": 2, "updates_per_rollout": 2}
@@ -163,15 +167,23 @@ def difference(alone: Path, killed: Path) -> str:
 
 
 def kill_and_compare(
-    directory: Path, method: str, *, kills: int, seed: int, workers: int = 0, epochs: int = 2, ranks: int = 1
+    directory: Path,
+    method: str,
+    *,
+    kills: int,
+    seed: int,
+    workers: int = 0,
+    epochs: int = 2,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> Outcome:
     """Runs of a method until so many kills have been made."""
-    rng = random.Random(f"{seed}-{method}-{workers}-{ranks}")
+    rng = random.Random(f"{seed}-{method}-{workers}-{ranks}-{rank}")
     material = directory / "material"
     if not material.exists():
         make_material(material)
     place = directory / f"{method}-{workers}"
-    options = {"workers": workers, "epochs": epochs, "ranks": ranks}
+    options = {"workers": workers, "ranks": ranks, "rank": rank}
     (place / "alone").mkdir(parents=True)
     began = time.monotonic()
     (place / "alone" / "seconds").write_text("1")
@@ -195,6 +207,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -206,6 +219,7 @@ def main() -> int:
             for workers in arguments.workers:
                 kills = arguments.kills // len(arguments.workers)
                 options = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
+                options["rank"] = arguments.lora
                 found = kill_and_compare(Path(directory), method, kills=kills, **options)
                 print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
                 failed = failed or bool(found.different)

@@ -136,7 +136,7 @@ PLANTED = [
         "tests/test_rloo_sampling.py -k seeds",
     ),
     Mutant(
-        "lightning_modules/base.py",
+        "lightning_modules/adapted.py",
         'return os.environ.get("PL_GLOBAL_SEED", "0")',
         'return "0"',
         "tests/test_rloo_sampling.py -k seeds",
@@ -412,8 +412,8 @@ OWN = [
     ),
     Mutant(
         FOLDER,
-        "        if self._owns(self.final) and is_export(self.final):",
-        "        if True:",
+        "            if self._owns(export) and is_export(export):",
+        "            if export.exists():",
         "tests/test_run_folder.py -k starting_over",
     ),
     Mutant(

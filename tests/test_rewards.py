@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from callbacks import NemotronEvaluation
+from callbacks.evaluation.completions import completers
 from core.errors import ConfigurationError
 from datamodules.chat import load_tokenizer
 from datamodules.messages import Message
@@ -381,9 +382,10 @@ def test_an_error_about_a_judge_s_or_a_reference_s_tokenizer_names_that_option(
     for server in (SGLangReward(model=str(tmp_path)), VLLMReward(model=str(tmp_path), endpoint="classify")):
         with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change the reward's model"):
             server.request([*PROMPT, {"role": "assistant", "content": "Hello."}])
-    evaluation = NemotronEvaluation(reward=brevity, reference_model=str(tmp_path))
+    module = SFTModule(model_name=str(tiny_model_dir))
+    module.configure_model()
     with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change evaluation.reference_model"):
-        evaluation._reference_tokenizer(SFTModule(model_name=str(tiny_model_dir)))
+        completers(Trainer(logger=False, accelerator="cpu"), module, str(tmp_path))
 
 
 def test_a_reward_gets_copies_and_a_grad_free_thread_of_its_own() -> None:

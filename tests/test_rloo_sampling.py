@@ -52,7 +52,7 @@ def test_without_a_penalty_no_reference_is_loaded_and_no_kl_logged(
     def refuse(*_: Any) -> None:
         raise AssertionError("beta 0 asked for a reference")
 
-    monkeypatch.setattr("lightning_modules.rloo.load_reference", refuse)
+    monkeypatch.setattr("lightning_modules.rloo.make_reference", refuse)
     made = config("RLOOModule", model={"beta": 0.0}, trainer={"log_every_n_steps": 1}, evaluation={"num_prompts": 0})
     lines = metrics(monkeypatch, made, tmp_path)
     assert values(lines, "train/reward") == pytest.approx(values(lines, "train/score"))

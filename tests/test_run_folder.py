@@ -198,7 +198,12 @@ def test_an_export_that_fails_leaves_the_one_before_as_it_was(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(ConfigurationError, match="Permission denied"):
-        write_export(Trainer(logger=False, default_root_dir=run), exported(run / "final"), run / "final")
+        write_export(
+            Trainer(logger=False, default_root_dir=run),
+            exported(run / "final"),
+            run / "final",
+            hugging_face_export.export,
+        )
     assert content(run / "final") == before
     monkeypatch.undo()
     assert cli("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2").returncode == 0

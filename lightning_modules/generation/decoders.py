@@ -10,6 +10,7 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Pre
 
 from lightning_modules.forward.completions import position_ids
 from lightning_modules.generation.family_decoder import FamilyDecoder
+from lightning_modules.models.adapters import merges
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -50,7 +51,8 @@ def decodes(model: PreTrainedModel) -> bool:
         and rope.get("partial_rotary_factor", 1.0) == 1.0
         and set(kinds) == {"full_attention"}
         and not windowed
-        and all(type(linear) is nn.Linear for linear in [*linears, model.lm_head])  # no adapters, no quantisation
+        and all(merges(linear) for linear in linears)  # no quantisation
+        and type(model.lm_head) is nn.Linear
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
         and {parameter.device for parameter in model.parameters()} == {model.device}
     )

@@ -1,20 +1,23 @@
 """Linear layers as a decode step wants them: joined where they read the same input, and laid out for few rows."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.models.adapters import adapted_layers, merged_weight
+
 Projection = Callable[[Tensor], Tensor]
 
 
-def projection(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Projection:
+def projection(layers: Sequence[Any], dtype: torch.dtype) -> Projection:
     """The layers' outputs for one input, side by side, computed in ``dtype``.
 
     On a CPU the weights are copied into oneDNN's own layout: a product with few rows then costs half as much or less
     (packing costs about four of them), and a row's result is the same in any number of rows. Elsewhere the layers'
-    own weights are read, or a copy in ``dtype`` if they have another. Copies are as old as this call: make new ones
-    after a training step.
+    own weights are read, or a copy in ``dtype`` if they have another. An adapter is in a copy of its own. Copies are as
+    old as this call: make new ones after a training step.
     """
     device = layers[0].weight.device
     if device.type == "cpu" and packs(dtype):
@@ -29,11 +32,12 @@ def projection(layers: Sequence[nn.Linear], dtype: torch.dtype) -> Projection:
             return result
 
         return product
-    if layers[0].weight.dtype != dtype:
+    if layers[0].weight.dtype != dtype or adapted_layers(nn.ModuleList(layers)):
         weight, bias = _joined(layers, dtype)
         return lambda rows: nn.functional.linear(rows.to(dtype), weight, bias)
     if len(layers) == 1:
-        return layers[0]
+        only: nn.Linear = layers[0]
+        return only
     return lambda rows: torch.cat([layer(rows) for layer in layers], dim=-1)
 
 
@@ -44,8 +48,8 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def _joined(layers: Sequence[nn.Linear], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    weights = [layer.weight.detach().to(dtype) for layer in layers]
+def _joined(layers: Sequence[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    weights = [merged_weight(layer).to(dtype) for layer in layers]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # the head's may be most of the model: no copy
     if all(layer.bias is None for layer in layers):
         return weight, None

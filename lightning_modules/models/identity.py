@@ -10,6 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from lightning_modules.models.adapters import active_state, base_of, is_adapter
+
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 BLOCK = 1 << 22
 INDIFFERENT = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
@@ -19,8 +21,14 @@ INDIFFERENT = {"_name_or_path", "architectures", "dtype", "transformers_version"
 def directory_digest(model_name: str) -> str:
     """Of a model directory's weights, configuration, tokenizer and template; of a hub model its commit."""
     directory = Path(model_name)
+    if is_adapter(model_name):
+        return f"{_files_digest(directory)} of {directory_digest(base_of(model_name))}"
     if not directory.is_dir():
         return f"{model_name}@{getattr(AutoConfig.from_pretrained(model_name), '_commit_hash', None)}"
+    return _files_digest(directory)
+
+
+def _files_digest(directory: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(directory.iterdir()):
         if file.suffix in CONTENT and file.is_file():
@@ -32,10 +40,13 @@ def directory_digest(model_name: str) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Of a model as it is: its configuration, and every parameter's and buffer's name, type, shape and bytes."""
+    """Of a model as it is: its configuration, and every parameter's and buffer's name, type, shape and bytes.
+
+    Of its adapters the active one counts; without one it has the digest of the model before it was given any.
+    """
     config = {name: value for name, value in model.config.to_dict().items() if name not in INDIFFERENT}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(active_state(model).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

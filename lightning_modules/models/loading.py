@@ -1,8 +1,6 @@
 """Loading models: from the hub or a directory, every tensor accounted for, in float32 master weights."""
 
-import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from core.errors import ConfigurationError
 from core.text import told
 from datamodules.chat import check_model_name
 from lightning_modules.forward.attention import replace_attention
+from lightning_modules.models.adapters import base_of, is_adapter, merge_directory
 
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """What a model's own configuration may ask for."""
@@ -31,6 +30,7 @@ def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
         ConfigurationError: If there is no such model.
     """
     check_model_name(model_name, option=option)
+    model_name = base_of(model_name, option=option)
     if Path(model_name).is_dir():
         check_directory(Path(model_name), option=option)
     try:
@@ -67,12 +67,17 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A causal language model in float32, with an embedding for every token of the tokenizer.
 
+    Of an adapter's directory it is the base with the adapter in its weights.
+
     Raises:
         ConfigurationError: If it cannot be had, or a tensor is missing or left over.
     """
     load_config(model_name, option=option)
-    model = _from_pretrained(AutoModelForCausalLM, model_name, option=option, new_head=False)
+    base = base_of(model_name, option=option)
+    model = _from_pretrained(AutoModelForCausalLM, base, option=option, new_head=False)
     resize_embeddings(model, tokenizer)
+    if is_adapter(model_name):
+        merge_directory(model, model_name, option=option)
     return model
 
 
@@ -91,11 +96,14 @@ def load_reward_model(
         ConfigurationError: If it cannot be had, or any tensor but a new score head is missing.
     """
     load_config(model_name, option=option)
+    base, adapted = base_of(model_name, option=option), is_adapter(model_name)
     model = _from_pretrained(
-        AutoModelForSequenceClassification, model_name, option=option, new_head=new_head, num_labels=1
+        AutoModelForSequenceClassification, base, option=option, new_head=new_head or adapted, num_labels=1
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     resize_embeddings(model, tokenizer)
+    if adapted:
+        merge_directory(model, model_name, option=option)
     return model
 
 
@@ -154,40 +162,3 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return model
-
-
-class FrozenReference:
-    """A frozen model that is not a submodule: in no checkpoint, no optimiser, and wherever the policy is when asked.
-
-    Args:
-        load: Gives the model when it is first asked for, and again after it was freed.
-    """
-
-    def __init__(self, load: Callable[[], PreTrainedModel]) -> None:
-        self._load = load
-        self._model: Any = None
-
-    def like(self, policy: PreTrainedModel) -> PreTrainedModel:
-        """The reference, on the policy's device and in its dtype."""
-        with torch.inference_mode(False):  # in a validation its weights would become inference tensors for good
-            if self._model is None:
-                self._model = without_dropout(self._load()).eval().requires_grad_(False)
-            self._model.to(device=policy.device, dtype=policy.dtype)
-        reference: PreTrainedModel = self._model
-        return reference
-
-    def free(self) -> None:
-        """Let go of the model until it is asked for again."""
-        self._model = None
-
-
-def load_reference(
-    reference_model: str | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> FrozenReference:
-    """The named reference, or the policy as it stands, which is as it was loaded."""
-    model = (
-        copy.deepcopy(policy)
-        if reference_model is None
-        else load_causal_lm(reference_model, tokenizer, option="model.reference_model")
-    )
-    return FrozenReference(lambda: model)

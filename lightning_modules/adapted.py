@@ -1,0 +1,95 @@
+"""What of a module is different where an adapter is all that trains: what is loaded, and what a checkpoint holds."""
+
+import functools
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from core.errors import ConfigurationError
+from lightning_modules.models.adapters import LoraOptions, add_adapter, at_start, base_of, merged_state
+from lightning_modules.models.identity import weights_digest
+from lightning_modules.models.loading import load_config
+
+
+class AdaptedModule(LightningModule):
+    """A module with a ``model`` whose weights are all trained, or frozen beside an adapter."""
+
+    model_name: str
+    model: PreTrainedModel
+    lora: LoraOptions | None = None
+
+    def use_adapter(self, lora: LoraOptions | None) -> None:
+        """Train an adapter, where options of one are given."""
+        self.lora = lora
+        self.strict_loading = lora is None  # a checkpoint then has what is trained alone
+
+    @property
+    def loaded_name(self) -> str:
+        """The model whose weights are loaded: of an adapter that goes on training, the base."""
+        return self.model_name if self.lora is None else base_of(self.model_name)
+
+    def prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A loaded model in training mode, with the adapter where one is to be trained."""
+        if self.lora is not None:
+            add_adapter(model, self.lora, start=self.model_name, seed=int(global_seed()))
+        model.train()
+        return model
+
+    @override
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What a checkpoint holds: all weights, or what is trained where that is an adapter."""
+        state: dict[str, Any] = super().state_dict(*args, **options)
+        if self.lora is None:
+            return state
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """The weights as ``final/`` holds them: an adapter is merged in float32, then all have the base's own dtype."""
+        if self.lora is None:
+            return dict(self.model.state_dict())
+        cast: dict[int, Tensor] = {}  # weights that are tied stay so
+        state = merged_state(self.model)
+        for value in state.values():
+            cast.setdefault(value.data_ptr(), value.to(self.base_dtype) if value.is_floating_point() else value)
+        return {name: cast[value.data_ptr()] for name, value in state.items()}
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the model's own files are in."""
+        dtype = getattr(load_config(self.loaded_name), "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is not None:
+            checkpoint["base"] = self.base_digest
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse an adapter of other weights, or of another shape."""
+        if self.lora is None:
+            return
+        if checkpoint.get("base") != self.base_digest:
+            raise ConfigurationError(
+                f"the checkpoint's adapter belongs to other weights than those of {self.model_name}; name the model "
+                "that the run began with in model.model_name"
+            )
+        if differing := set(self.state_dict()) ^ set(checkpoint["state_dict"]):
+            raise ConfigurationError(f"the checkpoint's adapter is another: only one of the two has {min(differing)}")
+
+    @functools.cached_property
+    def base_digest(self) -> str:
+        """Of what the adapter is trained beside, and of what it was at the start."""
+        with at_start(self.model):
+            return weights_digest(self.model)
+
+
+def global_seed() -> str:
+    """The run's seed, which Lightning hands to every process in this variable."""
+    return os.environ.get("PL_GLOBAL_SEED", "0")
