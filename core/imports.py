@@ -17,10 +17,12 @@ PACKAGES = (
     "lightning.fabric.loggers",
     "lightning.fabric.plugins",
     "lightning.fabric.strategies",
+    "bitsandbytes.optim",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "torch.nn",
     "torch.optim",
+    "torchao.optim",
 )
 """Listed, as a package of functions is more than its classes: ``os.system`` is one import path away from a reward."""
 

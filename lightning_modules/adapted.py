@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from lightning_modules.models.adapters import LoraOptions, add_adapter, at_start, base_of, merged_state
-from lightning_modules.models.identity import weights_digest
+from lightning_modules.models.adapters import LoraOptions, add_adapter, base_of, merged_state
+from lightning_modules.models.identity import tensors_digest
 from lightning_modules.models.loading import load_config
 
 
@@ -85,9 +85,8 @@ class AdaptedModule(LightningModule):
 
     @functools.cached_property
     def base_digest(self) -> str:
-        """Of what the adapter is trained beside, and of what it was at the start."""
-        with at_start(self.model):
-            return weights_digest(self.model)
+        """Of all that is frozen: what the adapter is trained beside, and what it was at the start."""
+        return tensors_digest(p for p in self.model.parameters() if not p.requires_grad)
 
 
 def global_seed() -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -34,13 +34,15 @@ class FineTuningModule(AdaptedModule):
 
     Args:
         model_name: Hub id or directory of the model to start from.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate.
         weight_decay: Of matrices; biases and norms have none.
         schedule: How the learning rate falls after the warm-up.
         warmup_ratio: Share of all steps over which the learning rate rises from 0.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         compile: Run the model through ``torch.compile``.
         lora: Train an adapter beside the frozen weights, which takes much less memory; not given for all weights.
+        optimizer: Class and options of another than AdamW, by its import path (``torch.optim``, ``bitsandbytes.optim``,
+            ``torchao.optim``); the learning rate and the weight decay are those above.
     """
 
     method: ClassVar[str]
@@ -62,6 +64,7 @@ class FineTuningModule(AdaptedModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         lora: LoraOptions | None = None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
     ) -> None:
         super().__init__()
         require(learning_rate > 0, "model.learning_rate must be positive", learning_rate)
@@ -74,6 +77,7 @@ class FineTuningModule(AdaptedModule):
         self.warmup_ratio = warmup_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
+        self.optimizer = optimizer
         self.use_adapter(lora)
         self._step = OptimiserStep()
         self.step_flaw = ""
@@ -147,13 +151,18 @@ class FineTuningModule(AdaptedModule):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        matrices, others = ([p for p in trained if (p.ndim >= 2) is decayed] for decayed in (True, False))
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": decay, "lr": self.learning_rate}
+            for parameters, decay in ((matrices, self.weight_decay), (others, 0.0))
+            if parameters
         ]
         # A fused step under a gradient scaler unscales by itself, after clipping would have been due.
         fused = all(p.device.type in ("cuda", "cpu") for p in trained) and self._gradient_scaler() is None
-        optimizer = AdamW(groups, lr=self.learning_rate, fused=fused)
+        try:
+            optimizer = AdamW(groups, fused=fused) if self.optimizer is None else self.optimizer(groups)
+        except (TypeError, ValueError) as error:  # Muon takes matrices alone
+            raise ConfigurationError(f"model.optimizer does not take what is trained here: {error}") from error
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(
             self.schedule,

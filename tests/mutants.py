@@ -197,8 +197,8 @@ PLANTED = [
     ),
     Mutant(
         BASE,
-        '[p for p in trained if p.ndim < 2], "weight_decay": 0.0',
-        '[p for p in trained if p.ndim < 2], "weight_decay": self.weight_decay',
+        "(others, 0.0)",
+        "(others, self.weight_decay)",
         "tests/test_modules.py -k decay",
     ),
     Mutant(BASE, "round(self.warmup_ratio * steps)", "round(self.warmup_ratio)", "tests/test_modules.py -k schedule"),

@@ -336,3 +336,12 @@ def test_without_peft_the_option_says_what_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setattr("lightning_modules.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"model.lora needs the package peft.* extra \[lora\]"):
         LoraOptions(4)
+
+
+def test_a_reward_model_s_run_goes_on_with_its_head(lora_run: Any) -> None:
+    """The head is trained, so it is no part of what must be the same."""
+    run = lora_run("RewardModule")
+    before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["model.score.weight"]
+    lora_run("RewardModule", "run", "--ckpt_path", "last", trainer={"max_epochs": 2})
+    after = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["model.score.weight"]
+    assert not torch.equal(before, after)

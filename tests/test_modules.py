@@ -440,3 +440,26 @@ def test_the_schedule_and_what_decays_by_hand(tiny_model_dir: Path, schedule: An
     assert all(name.endswith(("norm.weight", "layernorm.weight", ".bias")) for name in spared)
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
     assert len(decayed | spared) == len(names)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_optimiser_has_the_learning_rate_and_weight_decay_of_the_model(tiny_model_dir: Path) -> None:
+    module = SFTModule(
+        model_name=str(tiny_model_dir),
+        learning_rate=0.3,
+        weight_decay=0.1,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=9.0, momentum=0.5),
+    )
+    first_gradients(module, [tokens([0, 1])])
+    (optimizer,) = [module.optimizers(use_pl_optimizer=False)]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {0.3}
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimiser_that_takes_matrices_alone_is_told(tiny_model_dir: Path) -> None:
+    module = SFTModule(model_name=str(tiny_model_dir), optimizer=torch.optim.Muon)
+    with pytest.raises(ConfigurationError, match=r"model.optimizer does not take .*Muon only supports 2D"):
+        first_gradients(module, [tokens([0, 1])])
