@@ -1,12 +1,13 @@
 """Writes ``final/``, a Hugging Face model directory that plain transformers and vLLM load, and ``adapter/`` of LoRA."""
 
-import json
+import copy
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,7 +17,6 @@ from typing_extensions import override
 
 from callbacks.model_card import LINEAGE, lineage, model_card
 from core.errors import ConfigurationError
-from core.files import write_whole
 from lightning_modules.base import FineTuningModule
 from lightning_modules.models.adapters import save_adapter
 
@@ -145,14 +145,21 @@ def export(module: FineTuningModule, directory: Path) -> None:
         model.generation_config = GenerationConfig(**settings)
     model.config.eos_token_id = stops[0]
     model.config.pad_token_id = tokenizer.pad_token_id
-    if module.lora is None:
-        model.save_pretrained(directory)
-    else:
-        model.save_pretrained(directory, state_dict=module.exported_state())
-        config = json.loads((directory / "config.json").read_text("utf-8"))
-        config["dtype"] = str(module.base_dtype).removeprefix("torch.")  # transformers writes the trained model's
-        write_whole(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    (model if module.lora is None else merged_model(module)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def merged_model(module: FineTuningModule) -> PreTrainedModel:
+    """The model with its adapter in its weights, beside the one that trains, which stays as it is."""
+    config = copy.deepcopy(module.model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        merged = type(module.model)(config)
+    merged.load_state_dict(module.exported_state(), assign=True)
+    merged.tie_weights()
+    if module.can_generate:
+        merged.generation_config = module.model.generation_config
+    return merged
 
 
 def export_adapter(module: FineTuningModule, directory: Path) -> None:

@@ -144,7 +144,7 @@ class TrainingHealth(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        weights = [parameter.detach() for parameter in pl_module.parameters()]
+        weights = [parameter.detach() for parameter in pl_module.parameters() if parameter.is_floating_point()]
         if weights and not torch.nn.utils.get_total_norm(weights, torch.inf).isfinite():
             raise ConfigurationError(
                 f"after step {trainer.global_step} the weights are not finite, so no checkpoint is written and the run "

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from typing_extensions import override
 from core.errors import ConfigurationError
 from lightning_modules.models.adapters import LoraOptions, add_adapter, base_of, merged_state
 from lightning_modules.models.identity import tensors_digest
-from lightning_modules.models.loading import load_config
+from lightning_modules.models.loading import Quantization, load_config
 
 
 class AdaptedModule(LightningModule):
@@ -22,10 +23,20 @@ class AdaptedModule(LightningModule):
     model_name: str
     model: PreTrainedModel
     lora: LoraOptions | None = None
+    quantization: Quantization | None = None
 
-    def use_adapter(self, lora: LoraOptions | None) -> None:
-        """Train an adapter, where options of one are given."""
+    def use_adapter(self, lora: LoraOptions | None, quantization: Quantization | None) -> None:
+        """Train an adapter, where options of one are given, beside weights that may be quantised.
+
+        Raises:
+            ConfigurationError: If the weights are to be quantised and trained, or what does it is not installed.
+        """
+        if quantization is not None and lora is None:
+            raise ConfigurationError("model.quantization keeps weights that cannot be trained; set model.lora.rank too")
+        if quantization is not None and find_spec("bitsandbytes") is None:
+            raise ConfigurationError("model.quantization needs the package bitsandbytes (the extra [quantized])")
         self.lora = lora
+        self.quantization = quantization
         self.strict_loading = lora is None  # a checkpoint then has what is trained alone
 
     @property

@@ -21,7 +21,7 @@ from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
 from lightning_modules.adapted import AdaptedModule, global_seed
 from lightning_modules.models.adapters import LoraOptions
-from lightning_modules.models.loading import load_causal_lm, load_config
+from lightning_modules.models.loading import Quantization, load_causal_lm, load_config
 from lightning_modules.optimiser_step import OptimiserStep
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
@@ -41,6 +41,7 @@ class FineTuningModule(AdaptedModule):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         compile: Run the model through ``torch.compile``.
         lora: Train an adapter beside the frozen weights, which takes much less memory; not given for all weights.
+        quantization: Keep the frozen weights in 4 bits (``nf4``) or 8 (``int8``), under ``lora`` (bitsandbytes).
         optimizer: Class and options of another than AdamW, by its import path (``torch.optim``, ``bitsandbytes.optim``,
             ``torchao.optim``); the learning rate and the weight decay are those above.
     """
@@ -64,6 +65,7 @@ class FineTuningModule(AdaptedModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         lora: LoraOptions | None = None,
+        quantization: Quantization | None = None,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class FineTuningModule(AdaptedModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.optimizer = optimizer
-        self.use_adapter(lora)
+        self.use_adapter(lora, quantization)
         self._step = OptimiserStep()
         self.step_flaw = ""
         """Why the last optimiser step was skipped; empty where it was sound."""
@@ -142,7 +144,7 @@ class FineTuningModule(AdaptedModule):
 
     def load_model(self) -> PreTrainedModel:
         """The model to train."""
-        return self.prepared(load_causal_lm(self.loaded_name, self.tokenizer))
+        return self.prepared(load_causal_lm(self.loaded_name, self.tokenizer, quantization=self.quantization))
 
     def stop_token_ids(self) -> list[int]:
         """The tokens that end a completion: the template's end of turn, and the model's end of text."""

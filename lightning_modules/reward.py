@@ -22,7 +22,8 @@ class RewardModule(FineTuningModule):
 
     @override
     def load_model(self) -> PreTrainedModel:
-        return without_dropout(self.prepared(load_reward_model(self.loaded_name, self.tokenizer, new_head=True)))
+        model = load_reward_model(self.loaded_name, self.tokenizer, new_head=True, quantization=self.quantization)
+        return without_dropout(self.prepared(model))
 
     @override
     def validation_metrics(self) -> tuple[str, ...]:

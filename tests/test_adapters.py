@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from core.errors import ConfigurationError
 from datamodules.batches import PromptBatch, TokenBatch, pad
@@ -25,6 +25,7 @@ from lightning_modules.models.loading import load_causal_lm, load_reward_model
 from lightning_modules.rewards import ModelReward
 from lightning_modules.rewards.rules import brevity
 from tests.command_line import Cli, assert_refused
+from tests.conftest import tiny_tokenizer
 
 peft = pytest.importorskip("peft", reason="the extra [lora] is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own, and Lightning's in the fits
@@ -345,3 +346,50 @@ def test_a_reward_model_s_run_goes_on_with_its_head(lora_run: Any) -> None:
     lora_run("RewardModule", "run", "--ckpt_path", "last", trainer={"max_epochs": 2})
     after = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["model.score.weight"]
     assert not torch.equal(before, after)
+
+
+def wide_model(directory: Path) -> Path:
+    """A model with matrices of whole blocks of quantisation."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **ids, tie_word_embeddings=True)).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("method", ["SFTModule", "RewardModule", "DPOModule", "RLOOModule"])
+def test_weights_of_few_bits_are_trained_beside_and_are_in_no_checkpoint(
+    method: str, lora_run: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra [quantized] is not installed")
+    base = wide_model(tmp_path / "wide")
+    run = lora_run(method, model={"model_name": str(base), "quantization": "nf4"})
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(".lora_" in name or name.endswith("score.weight") for name in saved)
+    assert all(value.count_nonzero() > 0 for name, value in saved.items() if "lora_B" in name)
+    config = json.loads((run / "final" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert {tensor.dtype for tensor in saved_tensors(run / "final")} == {torch.float32}
+    if method == "SFTModule":
+        module = SFTModule(model_name=str(base), lora=LoraOptions(4), quantization="nf4")
+        module.configure_model()
+        module.load_state_dict(saved, strict=False)
+        found = completion_tokens(module.model.eval(), batch()).log_probs
+        merged = completion_tokens(plain(run / "final").eval(), batch()).log_probs
+        torch.testing.assert_close(found, merged, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(
+            completion_tokens(plain(run / "adapter").eval(), batch()).log_probs, merged, atol=1e-4
+        )
+
+
+def test_weights_of_few_bits_cannot_be_trained(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"model.quantization keeps weights .* set model.lora.rank too"):
+        SFTModule(model_name=str(tiny_model_dir), quantization="nf4")
+    pytest.importorskip("bitsandbytes", reason="the extra [quantized] is not installed")
+    if not torch.cuda.is_available():
+        module = SFTModule(model_name=str(tiny_model_dir), lora=LoraOptions(4), quantization="int8")
+        with pytest.raises(ConfigurationError, match="model.quantization int8 is for GPUs"):
+            module.configure_model()

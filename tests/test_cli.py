@@ -91,7 +91,7 @@ def test_help_names_the_commands_and_unknown_ones_are_refused(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.parent.name != "trainer"], ids=lambda p: str(p.relative_to(ROOT))
+    "path", [p for p in CONFIGS if p.parent.name in ("configs", "demo")], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_every_config_is_complete_and_says_how_to_run_it(path: Path, cli: Cli) -> None:
     """Parsed by the real parser, which checks every key and type; nothing is downloaded or loaded."""
@@ -103,6 +103,25 @@ def test_every_config_is_complete_and_says_how_to_run_it(path: Path, cli: Cli) -
     assert printed["trainer"]["strategy"] == "ddp"
     evaluates, trains = printed["evaluation"]["reward"], printed["model"]["init_args"].get("reward")
     assert trains is None or evaluates != trains
+
+
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "rloo"])
+@pytest.mark.parametrize("overlay", sorted((ROOT / "configs" / "adapters").glob("*.yaml")), ids=lambda p: p.stem)
+def test_an_adapter_s_config_changes_the_model_s_part_alone(method: str, overlay: Path, cli: Cli) -> None:
+    pytest.importorskip("peft", reason="the extra [lora] is not installed")
+    relative = overlay.relative_to(ROOT).as_posix()
+    assert overlay.read_text().startswith(f"# python cli.py fit --config configs/sft.yaml --config {relative}")
+    printed = []
+    for overlays in ([], ["--config", relative]):
+        result = cli("fit", "--config", f"configs/{method}.yaml", *overlays, "--print_config")
+        assert result.returncode == 0, result.stderr
+        printed.append(yaml.safe_load(result.stdout))
+    plain, adapted = (content.pop("model") for content in printed)
+    assert printed[0] == printed[1]
+    assert plain["class_path"] == adapted["class_path"]
+    changed = {name for name, value in adapted["init_args"].items() if plain["init_args"].get(name) != value}
+    assert changed <= {"lora", "learning_rate", "quantization"}
+    assert adapted["init_args"]["lora"]["rank"] == 16
 
 
 def test_validate_takes_any_model_and_a_file_of_prompts(

@@ -125,13 +125,21 @@ def merged_weight(layer: Any) -> Float[Tensor, "out in"]:
     if not hasattr(layer, "lora_A"):
         weight: Tensor = layer.weight.detach()
         return weight
-    merged: Tensor = layer.base_layer.weight.detach().float()
+    merged = plain_weight(layer.base_layer)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             a, b = (part[name].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
             change = layer.scaling[name] * (b @ a)
             merged = merged + (change.T if isinstance(layer.base_layer, Conv1D) else change)
     return merged
+
+
+def plain_weight(layer: Any) -> Float[Tensor, "out in"]:
+    """A layer's weight in float32, from whatever few bits it is kept in."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer)
+    return weight.detach().float()
 
 
 def merges(layer: nn.Module) -> bool:
@@ -150,12 +158,10 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     modules = dict(model.named_modules())
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        owner, _, last = name.rpartition(".base_layer.")
-        if ".lora_" in name:
-            continue
-        if not owner:
+        owner, _, last = name.partition(".base_layer.")
+        if not last and ".lora_" not in name:
             state[name] = value
-        else:
+        elif last in ("weight", "bias"):  # and not what a quantised weight is told by
             state[f"{owner}.{last}"] = merged_weight(modules[owner]) if last == "weight" else value
     return state
 

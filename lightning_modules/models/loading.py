@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +20,7 @@ from datamodules.chat import check_model_name
 from lightning_modules.forward.attention import replace_attention
 from lightning_modules.models.adapters import base_of, is_adapter, merge_directory
 
+Quantization = Literal["nf4", "int8"]
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """What a model's own configuration may ask for."""
 
@@ -63,18 +65,24 @@ def check_directory(directory: Path, *, option: str) -> None:
 
 
 def load_causal_lm(
-    model_name: str, tokenizer: PreTrainedTokenizerBase, *, option: str = "model.model_name"
+    model_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    option: str = "model.model_name",
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """A causal language model in float32, with an embedding for every token of the tokenizer.
 
-    Of an adapter's directory it is the base with the adapter in its weights.
+    Of an adapter's directory it is the base with the adapter in its weights. Where it is quantised, the matrices of its
+    body are in few bits and cannot be trained.
 
     Raises:
         ConfigurationError: If it cannot be had, or a tensor is missing or left over.
     """
     load_config(model_name, option=option)
     base = base_of(model_name, option=option)
-    model = _from_pretrained(AutoModelForCausalLM, base, option=option, new_head=False)
+    settings = quantized(quantization)
+    model = _from_pretrained(AutoModelForCausalLM, base, option=option, new_head=False, **settings)
     resize_embeddings(model, tokenizer)
     if is_adapter(model_name):
         merge_directory(model, model_name, option=option)
@@ -82,7 +90,12 @@ def load_causal_lm(
 
 
 def load_reward_model(
-    model_name: str, tokenizer: PreTrainedTokenizerBase, *, new_head: bool, option: str = "model.model_name"
+    model_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    new_head: bool,
+    option: str = "model.model_name",
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier with one score, in float32.
 
@@ -91,6 +104,7 @@ def load_reward_model(
         tokenizer: The model's own.
         new_head: Whether the score head may start at zero where the weights have none.
         option: The option to name in an error.
+        quantization: How to keep the matrices of its body, which then cannot be trained; None for float32.
 
     Raises:
         ConfigurationError: If it cannot be had, or any tensor but a new score head is missing.
@@ -98,13 +112,46 @@ def load_reward_model(
     load_config(model_name, option=option)
     base, adapted = base_of(model_name, option=option), is_adapter(model_name)
     model = _from_pretrained(
-        AutoModelForSequenceClassification, base, option=option, new_head=new_head or adapted, num_labels=1
+        AutoModelForSequenceClassification,
+        base,
+        option=option,
+        new_head=new_head or adapted,
+        num_labels=1,
+        **quantized(quantization),
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     resize_embeddings(model, tokenizer)
     if adapted:
         merge_directory(model, model_name, option=option)
     return model
+
+
+def quantized(quantization: Quantization | None) -> dict[str, Any]:
+    """What has transformers quantise a model as it loads it; the heads stay as they are.
+
+    NF4 with doubly quantised constants is that of Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; int8 that of
+    Dettmers et al. 2022, https://arxiv.org/abs/2208.07339.
+    """
+    if quantization is None:
+        return {}
+    kept = {"llm_int8_skip_modules": ["lm_head", "score", "classifier"]}
+    if quantization == "int8":
+        if not torch.cuda.is_available():
+            raise ConfigurationError(
+                "model.quantization int8 is for GPUs: on a CPU bitsandbytes loses a layer's scales once it has trained; "
+                "take nf4"
+            )
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, **kept)}
+    half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if half else torch.float32,
+            **kept,
+        )
+    }
 
 
 def _from_pretrained(
@@ -136,6 +183,9 @@ def _from_pretrained(
             f"left over {sorted(unexpected)[:3]}; change {option}"
         )
     loaded: PreTrainedModel = model
+    for module in loaded.modules() if "quantization_config" in settings else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # a layout for inference, whose product has no gradient
     replace_attention(loaded)
     return loaded
 
