@@ -391,5 +391,5 @@ def test_weights_of_few_bits_cannot_be_trained(tiny_model_dir: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra [quantized] is not installed")
     if not torch.cuda.is_available():
         module = SFTModule(model_name=str(tiny_model_dir), lora=LoraOptions(4), quantization="int8")
-        with pytest.raises(ConfigurationError, match="model.quantization int8 is for GPUs"):
+        with pytest.raises(ConfigurationError, match=r"model.quantization int8 is for GPUs"):
             module.configure_model()

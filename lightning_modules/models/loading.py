@@ -138,8 +138,8 @@ def quantized(quantization: Quantization | None) -> dict[str, Any]:
     if quantization == "int8":
         if not torch.cuda.is_available():
             raise ConfigurationError(
-                "model.quantization int8 is for GPUs: on a CPU bitsandbytes loses a layer's scales once it has trained; "
-                "take nf4"
+                "model.quantization int8 is for GPUs: on a CPU bitsandbytes loses a layer's scales once it has trained"
+                "; take nf4"
             )
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, **kept)}
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -185,7 +185,7 @@ def _from_pretrained(
     loaded: PreTrainedModel = model
     for module in loaded.modules() if "quantization_config" in settings else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # a layout for inference, whose product has no gradient
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # a layout for inference, whose product has no gradient
     replace_attention(loaded)
     return loaded
 
