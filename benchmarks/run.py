@@ -59,6 +59,8 @@ def contestants(workload: str, options: argparse.Namespace) -> list[Contestant]:
             names = list(variants) if options.variants else list(variants)[:1]
             first = names[0]
             found += [Contestant(name, side, variants[name], side == "trl" and name == first) for name in names]
+            if options.lora and workload != "generation":
+                found.append(Contestant(f"{first}, LoRA", side, {**variants[first], "lora": options.lora}, False))
     return found
 
 
@@ -171,6 +173,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="how often at most")
     parser.add_argument("--only", choices=("suite", "trl"), help="one side; in a sweep the suite by default")
     parser.add_argument("--variants", action="store_true", help="every option alone too")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="each side with an adapter of this rank too")
     parser.add_argument("--sweep", choices=SWEEPS, help="how cost grows, instead of the workloads")
     for field in fields(Size):
         parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)

@@ -90,6 +90,7 @@ SHAPES = {
     "tiny": Shape(vocabulary=1_024, hidden=32, layers=2, heads=4, key_value_heads=2, mlp=64),
     "v32k": Shape(vocabulary=32_768, hidden=256, layers=6, heads=8, key_value_heads=2, mlp=1_024),
     "v152k": Shape(vocabulary=151_936, hidden=256, layers=6, heads=8, key_value_heads=2, mlp=1_024),
+    "smollm2-135m": Shape(vocabulary=49_152, hidden=576, layers=30, heads=9, key_value_heads=3, mlp=1_536),
     "qwen2.5-0.5b": Shape(vocabulary=151_936, hidden=896, layers=24, heads=14, key_value_heads=2, mlp=4_864),
 }
 

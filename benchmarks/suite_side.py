@@ -12,6 +12,7 @@ from datamodules import SmolTalkDataModule, UltraFeedbackDataModule
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
 from lightning_modules import DPOModule, RLOOModule, SFTModule
 from lightning_modules.generation.sampler import sample_completions
+from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.loading import load_causal_lm
 from lightning_modules.rewards.rules import brevity
 
@@ -35,19 +36,19 @@ class StepClock(Callback):
 
 def sft(job: Job, tick: Tick) -> None:
     """Supervised fine-tuning."""
-    module = SFTModule(job.model_dir, **job.variant.get("model", {}))
+    module = SFTModule(job.model_dir, **_model_options(job))
     _fit(job, tick, module, SmolTalkDataModule(**_data_options(job)))
 
 
 def dpo(job: Job, tick: Tick) -> None:
     """Direct preference optimisation."""
-    module = DPOModule(model_name=job.model_dir, **job.variant.get("model", {}))
+    module = DPOModule(model_name=job.model_dir, **_model_options(job))
     _fit(job, tick, module, UltraFeedbackDataModule(**_data_options(job)))
 
 
 def rloo(job: Job, tick: Tick) -> None:
     """REINFORCE leave-one-out."""
-    options = {"samples_per_prompt": job.samples, "max_completion_length": job.length, **job.variant.get("model", {})}
+    options = {"samples_per_prompt": job.samples, "max_completion_length": job.length, **_model_options(job)}
     module = RLOOModule(brevity, model_name=job.model_dir, **options)
     trainer = _fit(job, tick, module, SmolTalkDataModule(task="prompts", **_data_options(job)))
     job.check("the mean completion", float(trainer.callback_metrics["train/completion_length"]), job.length)
@@ -73,6 +74,11 @@ def generation(job: Job, tick: Tick) -> None:
         )
         tick()
         job.check("sampled tokens", int(samples.completion_lengths().sum()), job.units)
+
+
+def _model_options(job: Job) -> dict[str, Any]:
+    lora = {"lora": LoraOptions(job.variant["lora"])} if "lora" in job.variant else {}
+    return {**job.variant.get("model", {}), **lora}
 
 
 def _data_options(job: Job) -> dict[str, Any]:

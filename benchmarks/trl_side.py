@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 from trl.data_utils import pack_dataset
 from trl.trainer import dpo_trainer, rloo_trainer, sft_trainer  # noqa: F401  # what TRL imports late belongs to the base
@@ -55,6 +56,7 @@ def sft(job: Job, tick: Tick) -> None:
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[StepClock(tick)],
+        peft_config=_adapter(job),
     )
     _train(job, trainer)
 
@@ -71,6 +73,7 @@ def dpo(job: Job, tick: Tick) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job.model_dir),
         callbacks=[StepClock(tick)],
+        peft_config=_adapter(job),
     )
     columns = {"prompt_ids": 2, "chosen_ids": 1, "rejected_ids": 1}
     tokens = sum(count * len(row[column]) for row in trainer.train_dataset for column, count in columns.items())
@@ -99,6 +102,7 @@ def rloo(job: Job, tick: Tick) -> None:
         train_dataset=Dataset.from_list([{"prompt": row["messages"][:1]} for row in job.read_rows()]),
         processing_class=AutoTokenizer.from_pretrained(job.model_dir),
         callbacks=[StepClock(tick)],
+        peft_config=_adapter(job),
     )
     _train(job, trainer)
     job.check("the mean completion", trainer.state.log_history[0]["completions/mean_length"], job.length)
@@ -125,6 +129,13 @@ def _model(job: Job) -> PreTrainedModel:
     return model.to(job.device)  # type: ignore[arg-type]
 
 
+def _adapter(job: Job) -> LoraConfig | None:
+    """The suite's, as TRL takes it."""
+    if "lora" not in job.variant:
+        return None
+    return LoraConfig(r=job.variant["lora"], lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def _options(job: Job, **own: Any) -> dict[str, Any]:
     """The suite's precision, clipping and optimiser, a method's own options, and at last the variant's."""
     return {
@@ -142,7 +153,7 @@ def _options(job: Job, **own: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": job.device == "cuda",
         **own,
-        **job.variant,
+        **{name: value for name, value in job.variant.items() if name != "lora"},
     }
 
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 from callbacks.model_card import LINEAGE, lineage, model_card
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
-from lightning_modules.models.adapters import save_adapter
+from lightning_modules.models.adapter_files import save_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ADAPTER = "adapter"

@@ -15,7 +15,7 @@ from callbacks.hugging_face_export import ADAPTER, is_export
 from commands.parsing import named_values, read_config
 from core.errors import ConfigurationError
 from core.text import printable
-from lightning_modules.models.adapters import CONFIG
+from lightning_modules.models.adapter_files import CONFIG
 
 LOGS = ("metrics.jsonl", "tables.jsonl", "validation.jsonl")
 MODEL_OPTIONS = {"model.model_name", "model.init_args.model_name"}

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from lightning_modules.models.adapters import LoraOptions, add_adapter, base_of, merged_state
+from lightning_modules.models.adapter_files import LoraOptions, base_of
+from lightning_modules.models.adapters import add_adapter, halve_frozen, merged_state
 from lightning_modules.models.identity import tensors_digest
 from lightning_modules.models.loading import Quantization, load_config
 
@@ -48,6 +49,8 @@ class AdaptedModule(LightningModule):
         """A loaded model in training mode, with the adapter where one is to be trained."""
         if self.lora is not None:
             add_adapter(model, self.lora, start=self.model_name, seed=int(global_seed()))
+            if getattr(self._trainer, "precision", None) == "bf16-mixed" and self.base_dtype == torch.bfloat16:
+                halve_frozen(model)
         model.train()
         return model
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from typing_extensions import override
@@ -20,9 +20,9 @@ from core.errors import ConfigurationError
 from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
 from lightning_modules.adapted import AdaptedModule, global_seed
-from lightning_modules.models.adapters import LoraOptions
+from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.loading import Quantization, load_causal_lm, load_config
-from lightning_modules.optimiser_step import OptimiserStep
+from lightning_modules.optimiser_step import OptimiserStep, make_optimizer
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 SHOWN = ("loss", "accuracy", "score")
@@ -152,19 +152,13 @@ class FineTuningModule(AdaptedModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        matrices, others = ([p for p in trained if (p.ndim >= 2) is decayed] for decayed in (True, False))
-        groups = [
-            {"params": parameters, "weight_decay": decay, "lr": self.learning_rate}
-            for parameters, decay in ((matrices, self.weight_decay), (others, 0.0))
-            if parameters
-        ]
-        # A fused step under a gradient scaler unscales by itself, after clipping would have been due.
-        fused = all(p.device.type in ("cuda", "cpu") for p in trained) and self._gradient_scaler() is None
-        try:
-            optimizer = AdamW(groups, fused=fused) if self.optimizer is None else self.optimizer(groups)
-        except (TypeError, ValueError) as error:  # Muon takes matrices alone
-            raise ConfigurationError(f"model.optimizer does not take what is trained here: {error}") from error
+        optimizer = make_optimizer(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            self.optimizer,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            scaled=self._gradient_scaler() is not None,
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = get_scheduler(
             self.schedule,

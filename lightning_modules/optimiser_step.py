@@ -1,11 +1,15 @@
-"""The mean over everything in an optimiser step, and whether the step is sound."""
+"""The optimiser, the mean over everything in one of its steps, and whether the step is sound."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+
+from core.errors import ConfigurationError
 
 
 class OptimiserStep:
@@ -61,3 +65,37 @@ def _flaw(total: Float[Tensor, ""], loss: Float[Tensor, ""], norm: Float[Tensor,
     if total == 0:
         return "nothing in it can be learned from, as nothing was scored"
     return ""
+
+
+def make_optimizer(
+    trained: Sequence[Parameter],
+    other: Callable[[Iterable[Any]], Optimizer] | None,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    scaled: bool,
+) -> Optimizer:
+    """AdamW, or another; matrices have the weight decay, biases and norms none.
+
+    Args:
+        trained: What to train.
+        other: Makes another from groups of parameters.
+        learning_rate: Of all groups.
+        weight_decay: Of the matrices.
+        scaled: Whether gradients come from a gradient scaler.
+
+    Raises:
+        ConfigurationError: If the other one does not take them.
+    """
+    matrices, others = ([p for p in trained if (p.ndim >= 2) is decayed] for decayed in (True, False))
+    groups = [
+        {"params": parameters, "weight_decay": decay, "lr": learning_rate}
+        for parameters, decay in ((matrices, weight_decay), (others, 0.0))
+        if parameters
+    ]
+    # A fused step under a gradient scaler unscales by itself, after clipping would have been due.
+    fused = all(p.device.type in ("cuda", "cpu") for p in trained) and not scaled
+    try:
+        return AdamW(groups, fused=fused) if other is None else other(groups)
+    except (TypeError, ValueError) as error:  # Muon takes matrices alone
+        raise ConfigurationError(f"model.optimizer does not take what is trained here: {error}") from error

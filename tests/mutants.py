@@ -196,9 +196,9 @@ PLANTED = [
         "tests/test_modules.py -k margin",
     ),
     Mutant(
-        BASE,
+        "lightning_modules/optimiser_step.py",
         "(others, 0.0)",
-        "(others, self.weight_decay)",
+        "(others, weight_decay)",
         "tests/test_modules.py -k decay",
     ),
     Mutant(BASE, "round(self.warmup_ratio * steps)", "round(self.warmup_ratio)", "tests/test_modules.py -k schedule"),

@@ -19,7 +19,8 @@ from lightning_modules.forward.capabilities import capabilities
 from lightning_modules.forward.completions import completion_tokens, sequence_scores
 from lightning_modules.generation.decoders import decodes
 from lightning_modules.generation.sampler import sample_completions
-from lightning_modules.models.adapters import LoraOptions, add_adapter, at_start, merged_state, merged_weight
+from lightning_modules.models.adapter_files import LoraOptions
+from lightning_modules.models.adapters import add_adapter, at_start, halve_frozen, merged_state, merged_weight
 from lightning_modules.models.identity import saved_tensors, tensors_digest, weights_digest
 from lightning_modules.models.loading import load_causal_lm, load_reward_model
 from lightning_modules.rewards import ModelReward
@@ -334,7 +335,7 @@ def test_validate_judges_an_adapter(lora_run: Any, cli: Cli, config: Any) -> Non
 
 
 def test_without_peft_the_option_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_modules.models.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_modules.models.adapter_files.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"model.lora needs the package peft.* extra \[lora\]"):
         LoraOptions(4)
 
@@ -393,3 +394,21 @@ def test_weights_of_few_bits_cannot_be_trained(tiny_model_dir: Path) -> None:
         module = SFTModule(model_name=str(tiny_model_dir), lora=LoraOptions(4), quantization="int8")
         with pytest.raises(ConfigurationError, match=r"model.quantization int8 is for GPUs"):
             module.configure_model()
+
+
+def test_under_bfloat16_the_frozen_matrices_take_half_the_memory_and_give_the_same(
+    lora_run: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16).save_pretrained(half)
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(half)
+    whole, halved = adapted(half), adapted(half)
+    halve_frozen(halved)
+    kept = [p.dtype for name, p in halved.named_parameters() if name.endswith("base_layer.weight")]
+    assert set(kept) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (completion_tokens(model, batch()).log_probs for model in (halved, whole))
+    assert torch.equal(found, expected)
+    assert all(torch.equal(value, merged_state(whole)[name]) for name, value in merged_state(halved).items())
+    run = lora_run("RLOOModule", model={"model_name": str(half)}, trainer={"precision": "bf16-mixed"})
+    assert (run / "final" / "model.safetensors").is_file()

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from lightning_modules.models.adapters import active_state, base_of, is_adapter
+from lightning_modules.models.adapter_files import base_of, is_adapter
+from lightning_modules.models.adapters import active_state
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 BLOCK = 1 << 22

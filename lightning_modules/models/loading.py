@@ -18,7 +18,7 @@ from core.errors import ConfigurationError
 from core.text import told
 from datamodules.chat import check_model_name
 from lightning_modules.forward.attention import replace_attention
-from lightning_modules.models.adapters import base_of, is_adapter, merge_directory
+from lightning_modules.models.adapter_files import base_of, is_adapter, merge_directory
 
 Quantization = Literal["nf4", "int8"]
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
