@@ -38,7 +38,7 @@ def gigabytes(shape: Shape, embeddings: int, *, method: str, way: str, rank: int
     if way == "full" and method in (
         "DPO",
         "RLOO",
-    ):  # DPO has its reference at validations alone, the policy's copy then
+    ):  # DPO at its validations
         total += WHOLE * (body + head)
     if way != "QLoRA" and method == "RLOO":  # the sampler's copy in bfloat16
         total += HALF * (body + head)

@@ -344,6 +344,54 @@ PLANTED = [
 
 OWN = [
     Mutant(
+        "lightning_modules/models/adapters.py",
+        "        layer._active_adapter = [REFERENCE]",
+        "        layer._active_adapter = [TRAINED]",
+        "tests/test_adapters.py -k without_its_adapter",
+    ),
+    Mutant(
+        "lightning_modules/models/adapters.py",
+        "change = layer.scaling[name] * (b @ a)",
+        "change = b @ a",
+        "tests/test_adapters.py -k merging",
+    ),
+    Mutant(
+        "lightning_modules/models/adapters.py",
+        "            torch.manual_seed(seed)\n",
+        "",
+        "tests/test_adapters.py -k same_seed",
+    ),
+    Mutant(
+        "lightning_modules/models/adapters.py",
+        'parameter.requires_grad_(f".{TRAINED}." in name or name.startswith(HEADS))',
+        'parameter.requires_grad_(f".{TRAINED}." in name)',
+        "tests/test_adapters.py -k reward_model",
+    ),
+    Mutant(
+        "lightning_modules/adapted.py",
+        'if checkpoint.get("base") != self.base_digest:',
+        "if False:",
+        "tests/test_adapters.py -k another_base",
+    ),
+    Mutant(
+        "lightning_modules/adapted.py",
+        "return {name: value for name, value in state.items() if name in trained}",
+        "return state",
+        "tests/test_adapters.py -k leaves_an_adapter",
+    ),
+    Mutant(
+        "lightning_modules/adapted.py",
+        "cast.setdefault(value.data_ptr(), value.to(self.base_dtype) if value.is_floating_point() else value)",
+        "cast.setdefault(value.data_ptr(), value)",
+        "tests/test_adapters.py -k dtype_of_its_base",
+    ),
+    Mutant(
+        "lightning_modules/models/loading.py",
+        'setattr(module, "support_avx512bf16_for_cpu", False)',
+        "pass",
+        "tests/test_adapters.py -k few_bits",
+    ),
+    Mutant(
         "lightning_modules/optimiser_step.py",
         "            parameter.grad = None\n",
         "            parameter.grad.zero_()\n",
