@@ -68,7 +68,7 @@ def encode_rows(rows: Dataset, encode: Any, *, processes: int | None, title: str
             encode,
             with_indices=True,
             fn_kwargs=options,
-            features=encode.features,  # which a part without a usable row could not tell
+            features=encode.features,
             remove_columns=rows.column_names,
             num_proc=processes,
             desc=title + number,

@@ -422,12 +422,6 @@ OWN = [
         "tests/test_ranks.py -k counts_once",
     ),
     Mutant(
-        "datamodules/encoding.py",
-        "            features=encode.features,  # which a part without a usable row could not tell\n",
-        "",
-        "tests/test_datamodules.py -k was_stopped",
-    ),
-    Mutant(
         "callbacks/checkpoints/exact_resume.py",
         "            trainer.num_sanity_val_steps = 0",
         "            pass",
