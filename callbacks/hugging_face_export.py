@@ -118,7 +118,8 @@ def write_export(
         partial.mkdir(parents=True)
         (partial / LINEAGE).write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
         write(module, partial)
-        (partial / "README.md").write_text(model_card(trainer, module, history), encoding="utf-8")
+        library = "peft" if write is export_adapter else "transformers"
+        (partial / "README.md").write_text(model_card(trainer, module, history, library=library), encoding="utf-8")
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)

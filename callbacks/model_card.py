@@ -36,7 +36,7 @@ The last stage in detail:
 | batch size per process | {batch_size} |
 | processes | {world_size} |
 | longest sequence (tokens) | {max_length} |
-{metrics}
+{adapter}{metrics}
 The chat template is part of the tokenizer; an assistant turn ends with `{end_token}`.
 """
 
@@ -103,7 +103,9 @@ def headline(trainer: Trainer) -> str:
     )
 
 
-def model_card(trainer: Trainer, module: FineTuningModule, history: dict[str, Any]) -> str:
+def model_card(
+    trainer: Trainer, module: FineTuningModule, history: dict[str, Any], *, library: str = "transformers"
+) -> str:
     """What was trained, from what, on what and how, with the validation metrics of the last epoch."""
     data: Any = getattr(trainer, "datamodule", None)
     metrics = {
@@ -116,7 +118,7 @@ def model_card(trainer: Trainer, module: FineTuningModule, history: dict[str, An
     front_matter = {
         **({"base_model": base} if base else {}),
         **({"datasets": list(dict.fromkeys(hub_datasets))} if hub_datasets else {}),
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation" if module.can_generate else "text-classification",
         "tags": [*dict.fromkeys(stage["method"] for stage in stages), "pytorch-lightning"],
     }
@@ -134,6 +136,15 @@ def model_card(trainer: Trainer, module: FineTuningModule, history: dict[str, An
         batch_size=getattr(data, "batch_size", "unknown"),
         world_size=trainer.world_size,
         max_length=module.longest_sequence(data),
+        adapter=adapter_told(module),
         metrics="".join(f"| {name} | {value:.4g} |\n" for name, value in sorted(metrics.items())),
         end_token=module.tokenizer.convert_ids_to_tokens(module.stop_token_ids()[0]),
     )
+
+
+def adapter_told(module: FineTuningModule) -> str:
+    """The row about the adapter; nothing where all weights were trained."""
+    if module.lora is None:
+        return ""
+    kept = f", beside weights in {module.quantization}" if module.quantization else ""
+    return f"| adapter | LoRA of rank {module.lora.rank}, alpha {module.lora.alpha}{kept} |\n"

@@ -236,6 +236,10 @@ def test_a_run_leaves_an_adapter_and_the_model_that_it_is_merged_into(
     assert all(".lora_" in name for name in saved["state_dict"])
     evaluated = json.loads((run / "eval" / "epoch=0" / "metrics.json").read_text())
     assert evaluated["model_digest"] == tensors_digest(saved_tensors(run / "final")), "it is final/ that was judged"
+    for name, library in (("final", "transformers"), ("adapter", "peft")):
+        card = (run / name / "README.md").read_text()
+        assert f"library_name: {library}" in card
+        assert "| adapter | LoRA of rank 4, alpha 32 |" in card
 
 
 def test_a_merged_model_is_in_the_dtype_of_its_base_and_need_not_be_written(
