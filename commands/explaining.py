@@ -61,8 +61,9 @@ def unknown(argument: str, options: Iterable[str]) -> str:
     """What to say of an option that does not exist."""
     name = argument.lstrip("-").partition("=")[0]
     known = sorted(option for option in options if option != "help")
-    if not argument.startswith("-") and "." not in name and not any("." in option for option in known):
-        few = f"; there are: {', '.join(known)}" if len(known) <= 20 else ""
+    whole = [option for option in known if "." not in option or option.partition(".")[0] not in known]
+    if not argument.startswith("-") and "." not in name and not any("." in option for option in whole):
+        few = f"; there are: {', '.join(whole)}" if len(whole) <= 20 else ""
         return f"there is no option {name!r}{did_you_mean(name, known) or few}"
     near = did_you_mean(name, known) or did_you_mean(name, [option.rpartition(".")[2] for option in known])
     return f"there is no option {argument.partition('=')[0]!r}{near}"
