@@ -15,6 +15,7 @@ from cli import lost_process
 from core.errors import ProcessError
 from core.ranks import Ranks
 from datamodules.shards import ShardSampler
+from tests.kills import METHODS
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,8 +93,10 @@ def test_validation_figures_are_the_same_on_three_processes_with_fewer_rows_than
 
 
 @pytest.mark.slow
-def test_validation_figures_are_the_same_on_one_to_three_processes_for_one_to_nine_rows() -> None:
-    in_a_process_of_its_own("tests.shards")
+@pytest.mark.parametrize("method", METHODS)
+def test_validation_figures_are_the_same_on_one_to_three_processes(method: str) -> None:
+    """Of one to nine rows, and with a token budget too, by ``python -m tests.shards``, in five minutes."""
+    in_a_process_of_its_own("tests.shards", "--methods", method, "--rows", "1", "2", "4", "7")
 
 
 @pytest.mark.parametrize("count", range(1, 10))
