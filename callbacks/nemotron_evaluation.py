@@ -179,13 +179,13 @@ class NemotronEvaluation(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same for a run that was killed after its last step, so that there was nothing left to train."""
         if trainer.global_step > 0:
-            pl_module.to(trainer.strategy.root_device)  # as Lightning has taken it off already
             self._evaluate_end(trainer, pl_module)
 
     def _evaluate_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluates = self._evaluates(pl_module) and trainer.enable_validation and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if evaluates and self.result_at(trainer.global_step) is None:
             assert isinstance(pl_module, FineTuningModule)
+            pl_module.to(trainer.strategy.root_device)  # in on_fit_end Lightning has taken it off already
             place = folder(trainer, epoch=epochs_begun(trainer) - 1)
             numbers = self.evaluate(trainer, pl_module, place).logged()
             for logger in trainer.loggers:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -19,7 +19,7 @@ from lightning_modules.forward.capabilities import capabilities
 from lightning_modules.forward.completions import completion_tokens, sequence_scores
 from lightning_modules.generation.decoders import decodes
 from lightning_modules.generation.sampler import sample_completions
-from lightning_modules.models.adapter_files import LoraOptions
+from lightning_modules.models.adapter_files import LoraOptions, save_adapter
 from lightning_modules.models.adapters import add_adapter, at_start, halve_frozen, merged_state, merged_weight
 from lightning_modules.models.identity import saved_tensors, tensors_digest, weights_digest
 from lightning_modules.models.loading import load_causal_lm, load_reward_model
@@ -416,3 +416,34 @@ def test_under_bfloat16_the_frozen_matrices_take_half_the_memory_and_give_the_sa
     assert all(torch.equal(value, merged_state(whole)[name]) for name, value in merged_state(halved).items())
     run = lora_run("RLOOModule", model={"model_name": str(half)}, trainer={"precision": "bf16-mixed"})
     assert (run / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 8}}, r"another kind than plain LoRA \(rank_pattern\)"),
+        ({"use_rslora": True}, r"another kind than plain LoRA \(use_rslora\)"),
+        ({"r": "4"}, r"names no base model, layers, rank or alpha"),
+        ({"target_modules": [1]}, r"names no base model, layers, rank or alpha"),
+        ({"broken weights": 1}, r"adapter_model.safetensors cannot be read"),
+        ({"other weights": 1}, r"does not fit its base"),
+    ],
+)
+def test_a_foreign_adapter_is_refused_or_told(
+    change: dict[str, Any], message: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """What would be merged or trained as something else than it is."""
+    options = LoraOptions(4)
+    save_adapter(adapted(tiny_model_dir), options, tmp_path, base=str(tiny_model_dir))
+    load_tokenizer(str(tiny_model_dir)).save_pretrained(tmp_path)
+    assert plain(tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    if "broken weights" in change:
+        weights.write_bytes(b"no tensors")
+    if "other weights" in change:
+        save_file({"base_model.model.nowhere.lora_A.weight": torch.ones(4, 4)}, weights)
+    with pytest.raises(ConfigurationError, match=message):
+        plain(tmp_path)
+    with pytest.raises(ConfigurationError, match=message):
+        add_adapter(plain(tiny_model_dir), options, start=str(tmp_path), seed=1)

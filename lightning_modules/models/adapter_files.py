@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ from core.errors import ConfigurationError
 TRAINED = "default"
 """Name of the adapter that is trained."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "lora_bias")
+"""What makes an adapter another function than W x + (alpha / rank) B A x."""
 PREFIX = "base_model.model."
 """How peft's files begin the names of a model's own modules."""
 
@@ -101,19 +104,48 @@ def base_of(model_name: str, *, option: str = "model.model_name") -> str:
 
 
 def merge_directory(model: PreTrainedModel, directory: str, *, option: str) -> None:
-    """Put the adapter of a directory into a model's own weights, for good."""
+    """Put the adapter of a directory into a model's own weights, for good.
+
+    Raises:
+        ConfigurationError: If it cannot be read or does not fit the model.
+    """
     config = _read_config(directory, option=option)
-    options = LoraOptions(int(config["r"]), int(config["lora_alpha"]), target_modules=sorted(config["target_modules"]))
+    weights = read_weights(directory, option=option)
     modules = dict(model.named_modules())
-    weights = read_weights(directory, options, options.target_modules or [])
-    with torch.no_grad():
-        for key, value in weights.items():
-            if ".lora_A." in key:
-                layer: Any = modules[key.partition(".lora_A.")[0]]
-                change = weights[key.replace(".lora_A.", ".lora_B.")].float() @ value.float()
-                layer.weight += options.alpha / options.rank * (change.T if isinstance(layer, Conv1D) else change)
-            elif ".lora_" not in key:
-                model.get_parameter(key).copy_(value)
+    try:
+        with torch.no_grad():
+            for key, value in weights.items():
+                if ".lora_A." in key:
+                    layer: Any = modules[key.partition(".lora_A.")[0]]
+                    change = weights[key.replace(".lora_A.", ".lora_B.")].float() @ value.float()
+                    scaling = config["lora_alpha"] / config["r"]
+                    layer.weight += scaling * (change.T if isinstance(layer, Conv1D) else change)
+                elif ".lora_" not in key:
+                    model.get_parameter(key).copy_(value)
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigurationError(f"the adapter {directory} does not fit its base ({error}); change {option}") from error
+
+
+def check_same(directory: str, options: LoraOptions, targets: Sequence[str]) -> None:
+    """Raise a ConfigurationError where a directory's adapter is another than the options ask for."""
+    config = _read_config(directory, option="model.model_name")
+    asked = (options.rank, options.alpha, sorted(targets))
+    there = (config["r"], config["lora_alpha"], sorted(config["target_modules"]))
+    if asked != there:
+        raise ConfigurationError(
+            f"{directory} holds an adapter of rank {there[0]}, alpha {there[1]} for {', '.join(there[2])}, and "
+            f"model.lora asks for rank {asked[0]}, alpha {asked[1]} for {', '.join(asked[2])}: make them equal to go "
+            "on training it, or name the model that it was merged into (final/) in model.model_name to begin a new one"
+        )
+
+
+def read_weights(directory: str, *, option: str = "model.model_name") -> dict[str, Tensor]:
+    """By the names of the model's own modules, without the adapter's name."""
+    try:
+        found = load_file(Path(directory) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{directory}/{WEIGHTS} cannot be read ({error}); change {option}") from error
+    return {key.removeprefix(PREFIX): value for key, value in found.items()}
 
 
 def _read_config(directory: str, *, option: str) -> dict[str, Any]:
@@ -124,22 +156,16 @@ def _read_config(directory: str, *, option: str) -> dict[str, Any]:
         raise ConfigurationError(
             f"{directory} holds no adapter that can be read ({error!r}); change {option}"
         ) from error
-    if not isinstance(kept["base_model_name_or_path"], str) or not isinstance(kept["target_modules"], list):
-        raise ConfigurationError(f"{directory}/{CONFIG} names no base model or no layers; change {option}")
-    if content.get("peft_type") != "LORA" or content.get("use_dora") or content.get("use_rslora"):
-        raise ConfigurationError(f"{directory} holds an adapter of another kind than plain LoRA; change {option}")
+    layers, numbers = kept["target_modules"], (kept["r"], kept["lora_alpha"])
+    whole = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+    if not whole or not isinstance(kept["base_model_name_or_path"], str) or not all(_is_positive(n) for n in numbers):
+        raise ConfigurationError(f"{directory}/{CONFIG} names no base model, layers, rank or alpha; change {option}")
+    unknown = [name for name in OTHER_KINDS if content.get(name) not in (None, False, {}, "none")]
+    if content.get("peft_type") != "LORA" or unknown:
+        told = f" ({', '.join(unknown)})" if unknown else ""
+        raise ConfigurationError(f"{directory} holds an adapter of another kind than plain LoRA{told}; change {option}")
     return kept
 
 
-def read_weights(directory: str, options: LoraOptions, targets: Sequence[str]) -> dict[str, Tensor]:
-    """By the names of the model's own modules, without the adapter's name."""
-    config = _read_config(directory, option="model.model_name")
-    asked = (options.rank, options.alpha, sorted(targets))
-    there = (config["r"], config["lora_alpha"], sorted(config["target_modules"]))
-    if asked != there:
-        raise ConfigurationError(
-            f"{directory} holds an adapter of rank {there[0]}, alpha {there[1]} for {', '.join(there[2])}, and "
-            f"model.lora asks for rank {asked[0]}, alpha {asked[1]} for {', '.join(asked[2])}: make them equal to go "
-            "on training it, or name the model that it was merged into (final/) in model.model_name to begin a new one"
-        )
-    return {key.removeprefix(PREFIX): value for key, value in load_file(Path(directory) / WEIGHTS).items()}
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from core.errors import ConfigurationError
-from lightning_modules.models.adapter_files import TRAINED, LoraOptions, is_adapter, read_weights
+from lightning_modules.models.adapter_files import TRAINED, LoraOptions, check_same, is_adapter, read_weights
 
 REFERENCE = "reference"
 """Name of what the trained adapter was at the start, where that was not zero."""
@@ -42,7 +42,10 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions, *, start: str, see
     targets = options.target_modules or linear_layers(model)
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets)
     names = [TRAINED, REFERENCE] if is_adapter(start) else [TRAINED]
-    weights = read_weights(start, options, targets) if is_adapter(start) else {}
+    weights: dict[str, Tensor] = {}
+    if is_adapter(start):
+        check_same(start, options, targets)
+        weights = read_weights(start)
     for name in reversed(names):  # the last one is active
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -50,15 +53,23 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions, *, start: str, see
                 inject_adapter_in_model(config, model, adapter_name=name)
             except ValueError as error:
                 raise ConfigurationError(f"{error}; change model.lora.target_modules") from error
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for key, value in weights.items():
-                if name == TRAINED or ".lora_" in key:
-                    own[_named(key, name)].copy_(value)
+        kept = {_named(key, name): value for key, value in weights.items() if name == TRAINED or ".lora_" in key}
+        _copy_into(model, kept, start)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{TRAINED}." in name or name.startswith(HEADS))
     for layer in adapted_layers(model):
         layer._active_adapter = [TRAINED]
+
+
+def _copy_into(model: PreTrainedModel, weights: dict[str, Tensor], directory: str) -> None:
+    own = dict(model.named_parameters())
+    try:
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+    except (KeyError, RuntimeError) as error:
+        told = f"the adapter {directory} does not fit its base ({error}); change model.model_name"
+        raise ConfigurationError(told) from error
 
 
 def halve_frozen(model: PreTrainedModel) -> None:
