@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from core.secrets import redact
+
 PROJECT = "cs224r_deeprl_final"
 PROBE_S = 4.0
 """For a connection, and again for an answer."""
@@ -79,7 +81,7 @@ class WandbTracking(WandbLogger):
             if self._offline:
                 raise
             told = str(error).strip().splitlines() or [type(error).__name__]
-            rank_zero_warn(f"W&B takes no run ({told[0][:200]}), so this one is recorded offline; check WANDB_API_KEY")
+            rank_zero_warn(f"W&B takes no run ({redact(told[0])[:200]}), so this one is recorded offline; check WANDB_API_KEY")
             self._offline, self._wandb_init["mode"] = True, "offline"
             return super().experiment
 
