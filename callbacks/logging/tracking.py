@@ -81,7 +81,9 @@ class WandbTracking(WandbLogger):
             if self._offline:
                 raise
             told = str(error).strip().splitlines() or [type(error).__name__]
-            rank_zero_warn(f"W&B takes no run ({redact(told[0])[:200]}), so this one is recorded offline; check WANDB_API_KEY")
+            rank_zero_warn(
+                f"W&B takes no run ({redact(told[0])[:200]}), so this one is recorded offline; check WANDB_API_KEY"
+            )
             self._offline, self._wandb_init["mode"] = True, "offline"
             return super().experiment
 
