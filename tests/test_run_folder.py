@@ -177,7 +177,7 @@ def test_an_export_that_fails_leaves_the_one_before_as_it_was(
     assert cli("fit", "--config", path).returncode == 0
     before = content(run / "final")
 
-    def full(*_: Any) -> str:
+    def full(*_: Any, **__: Any) -> str:
         assert content(run / "final") == before
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
