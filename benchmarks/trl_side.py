@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from benchmarks.job import Job
 from datamodules.encoding import encode_conversation_row
-from datamodules.smoltalk import read_conversation
+from datamodules.formats import read_messages
 
 Tick = Callable[[], None]
 MAX_LENGTH = 16_384
@@ -39,7 +39,7 @@ def sft(job: Job, tick: Tick) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
     encoded = [
-        encode_conversation_row(row, 0, read=read_conversation, tokenizer=tokenizer, max_length=MAX_LENGTH)
+        encode_conversation_row(row, 0, read=read_messages, tokenizer=tokenizer, max_length=MAX_LENGTH)
         for row in job.read_rows()
     ]
     rows = [{name: row[name] for name in ("input_ids", "completion_mask")} for row in encoded]

@@ -21,6 +21,7 @@ from callbacks.evaluation.schedule import ends_here, folder, is_due, judged
 from callbacks.evaluation.scores import Scorer
 from callbacks.lightning_internals import epochs_begun
 from core.errors import ConfigurationError
+from datamodules.base import ChatDataModule
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.models.identity import tensors_digest
@@ -122,13 +123,14 @@ class NemotronEvaluation(Callback):
 
         def prepare() -> None:
             data = getattr(trainer, "datamodule", None)
+            data = data if isinstance(data, ChatDataModule) and data.dataset_name == self.dataset_name else None
             self._prompts = load_prompts(
                 self.dataset_name,
                 self.split,
                 tokenizer=pl_module.load_tokenizer(),
                 count=self.num_prompts,
                 max_length=self.max_prompt_length,
-                held_out=True if self.dataset_name == getattr(data, "dataset_name", None) else None,
+                held_out=data.prompt_rows(self.split) if data else None,
             )
             open_cache(trainer, self.cache_dir).close()
             for source in sources:

@@ -1,6 +1,7 @@
-"""Data modules, one dataset a file."""
+"""Data modules, one dataset a file; ``CustomDataModule`` for data of one's own, ``MixtureDataModule`` for several."""
 
+from datamodules.custom import CustomDataModule
 from datamodules.smoltalk import SmolTalkDataModule
 from datamodules.ultrafeedback import UltraFeedbackDataModule
 
-__all__ = ["SmolTalkDataModule", "UltraFeedbackDataModule"]
+__all__ = ["CustomDataModule", "SmolTalkDataModule", "UltraFeedbackDataModule"]

@@ -1,21 +1,20 @@
 """What every data module does alike: load, encode, report what was dropped, and batch, on one process or many."""
 
 import hashlib
-import warnings
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from datamodules import chat, chat_template, encoding, messages
+from datamodules import chat, chat_template, encoding, formats, messages
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
@@ -27,17 +26,18 @@ from datamodules.encoding import (
     row_lengths,
     rows_digest,
 )
+from datamodules.formats import Reader, Task
 from datamodules.position import BEGINNING, ResumableSampler
 from datamodules.shards import ShardSampler
 from datamodules.source import load_rows
+from datamodules.splits import decontaminated, kept
 from datamodules.token_budget import TokenBudgetSampler, best_fit
 
-Task = Literal["conversations", "preferences", "prompts"]
-"""What a batch holds: whole conversations (SFT), preference pairs (DPO, reward), or prompts to sample from (RLOO)."""
+Encoder = Callable[..., Any]
+ROWS_PER_PROCESS = 2_000
+"""The fewest rows for which starting a process to tokenise pays."""
 
-ROWS_PER_WORKER = 2_000
-
-ENCODERS: Mapping[Task, Callable[..., dict[str, Any]]] = {
+ENCODERS: Mapping[Task, Encoder] = {
     "conversations": encode_conversation_row,
     "preferences": encode_preference_row,
     "prompts": encode_prompt_row,
@@ -54,20 +54,23 @@ class ChatDataModule(LightningDataModule):
         batch_size: Rows per batch and process.
         max_length: Longest sequence in tokens; of a prompt alone where the task is ``prompts``. A longer one loses
             its earliest exchanges, and is dropped where its last exchange alone is too long.
-        num_workers: Processes that load batches, and that tokenise where a split is large.
+        num_workers: Processes that load batches. Large splits are tokenised on all cores.
         max_samples: Take only this many rows of each split.
         seed: Of the order in which the rows are seen.
         chat_template: How conversations are written out, in the place of the tokenizer's own template: a file, or the
             name of a template that ships (``chatml``). The exported model keeps it.
-        tokens_per_batch: Fill batches to this many tokens (best fit) in the place of ``batch_size`` rows; a pair
-            counts its prompt once. Not for prompts.
+        tokens_per_batch: Fill batches to this many tokens in the place of ``batch_size`` rows. This is what others
+            call packing: rows of all lengths lie one after the other without padding, filled by best fit, and here
+            none attends to another and none is cut. A pair counts its prompt once. Not for prompts.
+        decontaminate: Leave out training rows whose prompt is a held-out one too. They are counted in any case; case,
+            spaces and the system's turn make no difference.
     """
 
     train_split: ClassVar[str]
     validation_split: ClassVar[str]
-    readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]]
+    readers: ClassVar[Mapping[Task, Reader]]
     """For each task that the dataset serves, the function from a row to what stands for its messages there."""
-    columns: ClassVar[Sequence[str]]
+    needed_columns: ClassVar[Sequence[str]]
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class ChatDataModule(LightningDataModule):
         seed: int = 42,
         chat_template: str | None = None,
         tokens_per_batch: int | None = None,
+        decontaminate: bool = False,
     ) -> None:
         super().__init__()
         self.model_name = model_name
@@ -93,6 +97,7 @@ class ChatDataModule(LightningDataModule):
         self.seed = seed
         self.chat_template = chat_template
         self.tokens_per_batch = tokens_per_batch
+        self.decontaminate = decontaminate
         self.dropped: dict[str, Counter[str]] = {}
         self.start = BEGINNING
         """Where training begins; a run that is resumed sets it."""
@@ -138,7 +143,47 @@ class ChatDataModule(LightningDataModule):
         self.tokenizer = load_tokenizer(self.model_name, chat_template=self.chat_template)
         for split in wanted:
             if split not in self._splits:
-                self._splits[split] = self._encoded(split)
+                title = f"{self.dataset_name} {split}"
+                _, encoded = self.encode(split)
+                self._splits[split], self.dropped[split] = kept(encoded, title=title, max_length=self.max_length)
+        if stage == "fit":
+            training, held_out = (self._splits[split] for split in wanted)
+            self._splits[self.train_split] = decontaminated(
+                training, held_out, leave_out=self.decontaminate, title=self.dataset_name
+            )
+
+    def load(self, split: str) -> Dataset:
+        """The rows of a split, as the dataset has them."""
+        return load_rows(self.dataset_name, split, columns=self.needed_columns, held_out=split == self.validation_split)
+
+    def reading(self, rows: Dataset) -> tuple[Encoder, Reader]:
+        """What encodes such rows for the task, and what reads each."""
+        return ENCODERS[self.task], self.readers[self.task]
+
+    def prompt_rows(self, split: str) -> tuple[Dataset, Reader]:
+        """Rows to evaluate on that are not trained on, and what reads the prompt of each."""
+        rows = load_rows(self.dataset_name, split, columns=self.needed_columns, held_out=True)
+        return rows, self.readers["prompts"]
+
+    def encode(self, split: str) -> tuple[Dataset, Dataset]:
+        """The rows of a split, and each of them encoded or with the reason that it is dropped."""
+        rows = self.load(split)
+        if self.max_samples is not None:
+            rows = rows.select(range(min(self.max_samples, len(rows))))
+        encoder, reader = self.reading(rows)
+        tail = len(tail_ids(self.tokenizer)) if self.task == "preferences" else 0
+        processes = min(cores(), len(rows) // ROWS_PER_PROCESS)
+        encoded = encode_rows(
+            rows,
+            encoder,
+            processes=processes if processes > 1 else None,
+            title=f"tokenising {split}",
+            read=reader,
+            tokenizer=self.tokenizer,
+            max_length=self.max_length - tail,
+            code=code_digest(),  # rows that other code encoded are in the cache under another key
+        )
+        return rows, encoded
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -197,49 +242,15 @@ class ChatDataModule(LightningDataModule):
             return partial(collate_preferences, pad_token_id=pad_token_id, tail_ids=tail_ids(self.tokenizer))
         return collate_prompts
 
-    def _encoded(self, split: str) -> Dataset:
-        held_out = split == self.validation_split
-        rows = load_rows(self.dataset_name, split, columns=self.columns, held_out=held_out)
-        if self.max_samples is not None:
-            rows = rows.select(range(min(self.max_samples, len(rows))))
-        tail = len(tail_ids(self.tokenizer)) if self.task == "preferences" else 0
-        encoded = encode_rows(
-            rows,
-            ENCODERS[self.task],
-            processes=min(self.num_workers, len(rows) // ROWS_PER_WORKER) or None,
-            title=f"tokenising {split}",
-            read=self.readers[self.task],
-            tokenizer=self.tokenizer,
-            max_length=self.max_length - tail,
-            code=code_digest(),  # rows that other code encoded are in the cache under another key
-        )
-        return self._without_dropped(encoded, split)
 
-    def _without_dropped(self, encoded: Dataset, split: str) -> Dataset:
-        reasons = encoded["dropped"]
-        kept = [index for index, reason in enumerate(reasons) if not reason]
-        dropped = Counter(reason for reason in reasons if reason)
-        self.dropped[split] = dropped
-        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        ties = sum(encoded.select(kept)["tied"]) if "tied" in encoded.column_names else 0
-        rank_zero_info(
-            f"{self.dataset_name} {split}: {len(kept):,} of {len(reasons):,} rows kept"
-            + (f", {ties} of them with tied scores" if ties else "")
-            + (f" (dropped: {listed})" if listed else "")
-        )
-        if not kept:
-            raise ConfigurationError(
-                f"no row of {self.dataset_name} {split} can be used ({listed}); "
-                f"check data.dataset_name and data.max_length ({self.max_length})"
-            )
-        if dropped["too long"] > len(reasons) // 2:
-            warnings.warn(f"more than half of {split} is longer than data.max_length={self.max_length}", stacklevel=2)
-        return encoded.select(kept).remove_columns("dropped")
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def code_digest() -> str:
     """Of the code that rows are encoded with."""
-    files = (Path(str(module.__file__)) for module in (messages, chat_template, chat, encoding))
+    files = (Path(str(module.__file__)) for module in (messages, formats, chat_template, chat, encoding))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

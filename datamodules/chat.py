@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -82,7 +82,11 @@ def load_tokenizer(
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> Encoded:
     """Token ids and completion mask of a conversation, up to its last assistant turn or to a generation prompt.
 
@@ -94,6 +98,7 @@ def encode_conversation(
         tokenizer: With a chat template.
         messages: The turns in order.
         add_generation_prompt: End with the opening of an assistant turn instead of the last assistant turn.
+        tools: What may be called, as JSON schemas, for templates that list it.
 
     Raises:
         UnstableTemplateError: If rendering a prefix of the conversation is not a prefix of its rendering, as when a
@@ -107,29 +112,33 @@ def encode_conversation(
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render(tokenizer, messages[:position], add_generation_prompt=True)
-        turn = render(tokenizer, messages[: position + 1], add_generation_prompt=False)
+        prompt = render(tokenizer, messages[:position], add_generation_prompt=True, tools=tools)
+        turn = render(tokenizer, messages[: position + 1], add_generation_prompt=False, tools=tools)
         if not (prompt.startswith(done) and turn.startswith(prompt) and turn.endswith(end.closing + end.tail)):
             if add_generation_prompt:
-                return encode_whole(tokenizer, messages, add_generation_prompt=True)
+                return encode_whole(tokenizer, messages, add_generation_prompt=True, tools=tools)
             raise UnstableTemplateError(tokenizer, position)
         finished = turn[: len(turn) - len(end.tail)]
         pieces += [Piece(prompt[len(done) :], learned=False), Piece(finished[len(prompt) :], learned=True)]
         done = finished
     if add_generation_prompt:
-        prompt = render(tokenizer, messages, add_generation_prompt=True)
+        prompt = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
         if not prompt.startswith(done):
-            return encode_whole(tokenizer, messages, add_generation_prompt=True)
+            return encode_whole(tokenizer, messages, add_generation_prompt=True, tools=tools)
         pieces.append(Piece(prompt[len(done) :], learned=False))
     return encode_pieces(tokenizer, pieces)
 
 
 def encode_whole(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> Encoded:
     """What the template writes of a conversation that is only read, in one piece and with its tail."""
     messages = without_special_tokens(tokenizer, messages)
-    text = render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    text = render(tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
     return encode_pieces(tokenizer, [Piece(text, learned=False)])
 
 

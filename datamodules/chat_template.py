@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.nodes
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import ConfigurationError
 from core.limits import memory_limit, time_limit
 from core.text import printable, told
-from datamodules.messages import Message
+from datamodules.messages import Message, UnusableRowError, uses_tools
 
 TEMPLATES = Path(__file__).parent / "templates"
 """The chat templates that ship, each under its file's name."""
@@ -72,8 +72,22 @@ def read_template(name: str) -> str:
         raise ConfigurationError(f"{name} cannot be read ({error}); change data.chat_template") from error
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-    """The conversation as the template writes it.
+class ToolTurns(NamedTuple):
+    """What a template writes of tools: an assistant's calls, a tool's turns, and the list of what may be called."""
+
+    calls: bool
+    results: bool
+    listed: bool
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
+) -> str:
+    """The conversation as the template writes it, with the tools that may be called where it takes them.
 
     Raises:
         TemplateRefusalError: If the template refuses the conversation.
@@ -82,7 +96,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, a
         with time_limit(RENDER_S):
             text = str(
                 tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=list(tools) if tools else None,
                 )
             )
     except Exception as error:  # a template is a program
@@ -140,16 +157,68 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
     return TurnEnd(after_content[: special.end()], after_content[special.end() :], token_id)
 
 
+def check_tools(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    """Refuse a conversation with tools under a template that would leave out what is called, or what it gave.
+
+    Raises:
+        UnusableRowError: Saying which.
+    """
+    calls, results = uses_tools(messages)
+    if not (calls or results):
+        return
+    known = tool_turns(tokenizer, str(tokenizer.chat_template))
+    if (calls and not known.calls) or (results and not known.results):
+        raise UnusableRowError("tool turns that the chat template does not know")
+
+
+@lru_cache(maxsize=8)
+def tool_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> ToolTurns:
+    """What the tokenizer's template shows of tools, found out by having it write some."""
+    call = {"name": "probe_function", "arguments": {"probe_argument": "probe value"}}
+    calls = [{"id": "probe0001", "type": "function", "function": call}]  # nine letters, as Mistral's asks for
+    turns: list[Message] = [
+        {"role": "user", "content": PROBE[0]},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "probe_function", "tool_call_id": "probe0001", "content": "what a probe gave"},
+        {"role": "assistant", "content": PROBE[1]},
+    ]
+    nothing = {"type": "object", "properties": {}, "required": []}
+    function = {"name": "probe_tool", "description": "A probe.", "parameters": nothing}
+
+    def shows(text: str, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> bool:
+        try:
+            return text in render(tokenizer, messages, add_generation_prompt=False, tools=tools)
+        except TemplateRefusalError:
+            return False
+
+    return ToolTurns(
+        shows("probe_argument", turns),
+        shows("what a probe gave", turns),
+        shows("probe_tool", [turns[0], turns[3]], [{"type": "function", "function": function}]),
+    )
+
+
 def without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """The turns with control tokens taken out of the text, so that no text can open or close a turn."""
+    """The turns with control tokens taken out of what they say, so that no text can open or close a turn."""
     pattern = _special_token_pattern(tokenizer, len(tokenizer))
 
-    def cleaned(text: str) -> str:
-        while (shorter := pattern.sub("", text)) != text:  # what is left may have closed up to another one
-            text = shorter
-        return text
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, str):
+            while (shorter := pattern.sub("", value)) != value:  # what is left may have closed up to another one
+                value = shorter
+        elif isinstance(value, dict):
+            return {cleaned(key): cleaned(inner) for key, inner in value.items()}
+        elif isinstance(value, list):
+            return [cleaned(inner) for inner in value]
+        return value
 
-    return [{"role": message["role"], "content": cleaned(message["content"])} for message in messages]
+    return [
+        {name: value if name == "role" else cleaned(value) for name, value in message.items() if name in OF_A_TURN}
+        for message in messages
+    ]
+
+
+OF_A_TURN = ("role", "content", "tool_calls", "name", "tool_call_id")
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,8 @@
 """From a row's messages to the columns a task trains on; a row that cannot be used carries the reason instead."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,27 +11,39 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
 from datamodules.chat import encode_conversation
-from datamodules.chat_template import TemplateRefusalError, without_special_tokens
-from datamodules.messages import Message, flaw, shortened
+from datamodules.chat_template import TemplateRefusalError, check_tools, tool_turns, without_special_tokens
+from datamodules.messages import (
+    Message,
+    UnusableRowError,
+    before_answer,
+    flaw,
+    parsed,
+    plain,
+    says_something,
+    shortened,
+    without_nulls,
+)
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]
 IDS = List(Value("int32"))
+KEY = "prompt_key"
+"""The column of what tells prompts apart, whatever their case and spaces."""
 ROWS_PER_PART = 20_000
 """What is encoded and kept at a time, so a stop costs no more."""
-
-
-class UnusableRowError(Exception):
-    """Why a row is dropped."""
 
 
 def row_encoder(**columns: Any) -> Callable[[Callable[..., Columns]], Callable[..., Columns]]:
     """Give an encoder the column ``dropped``, with why a row cannot be used; an unusable option stays an error.
 
+    Beside it stands ``prompt_key``, which rows of the same prompt share.
+
     Args:
         columns: What the other columns hold; a list is empty in a dropped row, a number false.
     """
+    columns[KEY] = Value("int64")
     empty: Columns = {name: [] if isinstance(kind, List) else False for name, kind in columns.items()}
+    empty[KEY] = 0
 
     def decorate(encode: Callable[..., Columns]) -> Callable[..., Columns]:
         @wraps(encode)
@@ -67,6 +80,7 @@ def encode_rows(rows: Dataset, encode: Any, *, processes: int | None, title: str
         encoded = part.map(
             encode,
             with_indices=True,
+            batched=getattr(encode, "batched", False),
             fn_kwargs=options,
             features=encode.features,
             remove_columns=rows.column_names,
@@ -83,17 +97,51 @@ def encode_conversation_row(
 ) -> Columns:
     """Columns ``input_ids`` and ``completion_mask``; a long conversation loses its earliest exchanges."""
     messages = _conversation(tokenizer, read(row))
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
     _drop_if(not answers, "no supervised token")
-    _drop_if(not all(answer.strip() for answer in answers), "empty completion")
+    _drop_if(not all(map(says_something, answers)), "empty completion")
+    tools = _tools(row, tokenizer)
     for shorter in shortened(messages):
         if not any(message["role"] == "assistant" for message in shorter):
             break
-        encoded = encode_conversation(tokenizer, shorter)
+        encoded = encode_conversation(tokenizer, shorter, tools=tools)
         if len(encoded.input_ids) <= max_length:
             _drop_if(not any(encoded.completion_mask), "no supervised token")
-            return {"input_ids": encoded.input_ids, "completion_mask": encoded.completion_mask}
+            key = prompt_key(before_answer(messages))
+            return {"input_ids": encoded.input_ids, "completion_mask": encoded.completion_mask, KEY: key}
     raise UnusableRowError("too long")
+
+
+def encode_texts(
+    rows: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    *,
+    read: Callable[[Row], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    code: str = "",
+) -> dict[str, list[Any]]:
+    """Columns as of conversations, for texts in which all is learned, with an end token; a long one gives several rows.
+
+    The first token of a row is given, as nothing stands before it.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in encode_conversation_row.features}  # type: ignore[attr-defined]
+    for position in range(len(indices)):
+        text = read({name: values[position] for name, values in rows.items()})
+        reason = "" if isinstance(text, str) and text.strip() else "no text"
+        ids = [] if reason else [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+        for first in range(0, max(1, len(ids)), max_length):
+            piece = [token for token in ids[first : first + max_length] if token is not None]
+            why = reason or ("" if len(piece) > 1 else "no supervised token")
+            columns["input_ids"].append([] if why else piece)
+            columns["completion_mask"].append([] if why else [False] + [True] * (len(piece) - 1))
+            columns[KEY].append(0 if why else text_key(" ".join(text.casefold().split())))
+            columns["dropped"].append(why)
+    return columns
+
+
+encode_texts.features = encode_conversation_row.features  # type: ignore[attr-defined]
+encode_texts.batched = True  # type: ignore[attr-defined]
 
 
 @row_encoder(prompt_ids=IDS, chosen_ids=IDS, rejected_ids=IDS, tied=Value("bool"))
@@ -108,11 +156,12 @@ def encode_preference_row(
     chosen, rejected = (_conversation(tokenizer, messages) for messages in read(row))
     _drop_if(chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant", "no answer at the end")
     _drop_if(chosen[:-1] != rejected[:-1], "prompts differ")
-    _drop_if(not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip(), "empty completion")
+    _drop_if(not (says_something(chosen[-1]) and says_something(rejected[-1])), "empty completion")
+    tools = _tools(row, tokenizer)
     for prompt in shortened(chosen[:-1]):
-        start = len(encode_conversation(tokenizer, prompt, add_generation_prompt=True).input_ids)
+        start = len(encode_conversation(tokenizer, prompt, add_generation_prompt=True, tools=tools).input_ids)
         prompt_and_chosen, prompt_and_rejected = (
-            encode_conversation(tokenizer, [*prompt, side[-1]]).input_ids for side in (chosen, rejected)
+            encode_conversation(tokenizer, [*prompt, side[-1]], tools=tools).input_ids for side in (chosen, rejected)
         )
         if max(len(prompt_and_chosen), len(prompt_and_rejected)) <= max_length:
             _drop_if(prompt_and_chosen == prompt_and_rejected, "chosen equals rejected")
@@ -122,6 +171,7 @@ def encode_preference_row(
                 "chosen_ids": prompt_and_chosen[start:],
                 "rejected_ids": prompt_and_rejected[start:],
                 "tied": score is not None and score == row.get("score_rejected"),
+                KEY: prompt_key(chosen[:-1]),
             }
     raise UnusableRowError("too long")
 
@@ -132,11 +182,13 @@ def encode_prompt_row(
 ) -> Columns:
     """Columns ``messages`` and ``prompt_ids``; a long prompt loses its earliest exchanges."""
     messages = _conversation(tokenizer, read(row))
-    _drop_if(messages[-1]["role"] != "user", "no question at the end")
+    _drop_if(messages[-1]["role"] not in ("user", "tool"), "no question at the end")
+    tools = _tools(row, tokenizer)
     for shorter in shortened(messages):
-        encoded = encode_conversation(tokenizer, shorter, add_generation_prompt=True)
+        encoded = encode_conversation(tokenizer, shorter, add_generation_prompt=True, tools=tools)
         if len(encoded.input_ids) <= max_length:
-            return {"messages": shorter, "prompt_ids": encoded.input_ids}
+            turns = [plain(message) for message in shorter]
+            return {"messages": turns, "prompt_ids": encoded.input_ids, KEY: prompt_key(messages)}
     raise UnusableRowError("too long")
 
 
@@ -144,7 +196,27 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[Mes
     """The turns as they are encoded: control tokens are no text, so what consists of them alone is empty."""
     reason = flaw(messages)
     _drop_if(bool(reason), reason)
+    check_tools(tokenizer, messages)
     return without_special_tokens(tokenizer, messages)
+
+
+def _tools(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
+    """What a row says may be called, where the template lists it."""
+    tools = without_nulls(parsed(row.get("tools")))
+    if not (isinstance(tools, list) and tools and tool_turns(tokenizer, str(tokenizer.chat_template)).listed):
+        return None
+    return tools
+
+
+def prompt_key(messages: Sequence[Message]) -> int:
+    """A number that conversations of the same words share; the system's turn, case and spaces aside."""
+    said = [" ".join(turn["content"].casefold().split()) for turn in messages if turn["role"] != "system"]
+    return text_key(json.dumps(said))
+
+
+def text_key(text: str) -> int:
+    """A number of a text, of 63 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()) >> 1
 
 
 def _drop_if(condition: bool, reason: str) -> None:

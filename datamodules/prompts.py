@@ -1,16 +1,18 @@
 """Held-out prompts for the evaluation, from any dataset of conversations, pairs or plain prompts."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
 from datamodules.chat import encode_conversation
 from datamodules.chat_template import TemplateRefusalError
-from datamodules.messages import Message, before_answer, flaw
+from datamodules.formats import FORMATS, Reader, find_format
+from datamodules.messages import Message, UnusableRowError, flaw, uses_tools
 from datamodules.source import load_rows
 
 OPTION = "evaluation.dataset_name"
@@ -24,22 +26,13 @@ class Prompt(NamedTuple):
     source: str | None
 
 
-def read_prompt(row: Mapping[str, Any]) -> Any:
-    """The conversation before the last assistant turn, from a list in ``chosen``, ``messages`` or ``prompt``, or text.
-
-    What a row has there may be anything; :func:`unfit` says why it is no prompt.
-    """
-    found = [row.get(name) for name in ("chosen", "messages", "prompt")]
-    conversation = next((value for value in found if isinstance(value, list) and value), None)
-    if conversation is not None:
-        return before_answer(conversation)
-    text = found[-1]
-    return [{"role": "user", "content": text}] if isinstance(text, str) else text
-
-
 def unfit(messages: Any) -> str:
     """Why this is no conversation that ends with a question; empty where it is one."""
-    return flaw(messages) or ("" if messages[-1]["role"] == "user" else "no question at the end")
+    if reason := flaw(messages):
+        return reason
+    if any(uses_tools(messages)):
+        return "uses tools"
+    return "" if messages[-1]["role"] == "user" else "no question at the end"
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any) -> tuple[int, str]:
@@ -59,30 +52,32 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     max_length: int,
-    held_out: bool | None = None,
+    held_out: tuple[Dataset, Reader] | None = None,
 ) -> list[Prompt]:
     """The first ``count`` distinct prompts of a split that have at most ``max_length`` tokens.
 
-    Of a single file all rows are taken, or with ``held_out`` the ones that training leaves out.
+    Args:
+        dataset_name: Hub id, directory or file, in any of the usual formats.
+        split: The split's name; of a single file all rows are taken.
+        tokenizer: The policy's.
+        count: How many at most.
+        max_length: Of a prompt, in tokens.
+        held_out: Or the rows that training leaves out, where it is on the same dataset, and what reads them.
 
     Raises:
         ConfigurationError: If the dataset has no prompts, or none that can be used, with the reasons.
     """
-    rows = load_rows(dataset_name, split, columns=(), held_out=held_out, option=OPTION)
-    if not {"chosen", "messages", "prompt"} & set(rows.column_names):
-        raise ConfigurationError(
-            f"{dataset_name} has no chosen, messages or prompt among its columns {rows.column_names}; change {OPTION}"
-        )
+    rows, readers = (held_out[0], [held_out[1]]) if held_out else _prompt_rows(dataset_name, split)
     prompts: list[Prompt] = []
     passed_over: Counter[str] = Counter()
     seen: set[str] = set()
     for row in rows:
         if len(prompts) == count:
             break
-        messages = read_prompt(row)
-        if not unfit(messages) and str(messages) in seen:
+        messages, reason = read_prompt(row, readers)
+        if not reason and str(messages) in seen:
             continue
-        tokens, reason = prompt_tokens(tokenizer, messages)
+        tokens, reason = (0, reason) if reason else prompt_tokens(tokenizer, messages)
         if reason or tokens > max_length:
             passed_over[reason or f"longer than {max_length} tokens"] += 1
             continue
@@ -98,3 +93,28 @@ def load_prompts(
     if passed_over:
         rank_zero_info(f"{dataset_name} {split}: passed over {sum(passed_over.values())} rows for prompts ({listed})")
     return prompts
+
+
+def read_prompt(row: Mapping[str, Any], readers: Sequence[Reader]) -> tuple[Any, str]:
+    """The row's prompt as the first of the readers finds one, and why there is none; empty where there is."""
+    reasons = []
+    for read in readers:
+        try:
+            messages = read(row)
+        except UnusableRowError as flawed:
+            reasons.append(str(flawed))
+            continue
+        if not (reason := unfit(messages)):
+            return messages, ""
+        reasons.append(reason)
+    return None, reasons[0]
+
+
+def _prompt_rows(dataset_name: str, split: str) -> tuple[Dataset, list[Reader]]:
+    """The rows, and a reader for each format that they are of: a row may have nothing in the columns of one."""
+    rows = load_rows(dataset_name, split, columns=(), held_out=None, option=OPTION)
+    form = find_format(rows.column_names, source=dataset_name)
+    if "prompts" not in form.readers:
+        raise ConfigurationError(f"{dataset_name} has rows of {form.name}, which hold no prompts; change {OPTION}")
+    fitting = [form for form in FORMATS if set(form.columns) <= set(rows.column_names)]
+    return rows, [form.readers["prompts"] for form in fitting if "prompts" in form.readers]

@@ -1,34 +1,23 @@
 """SmolTalk: conversations of several turns, for SFT, or their last prompts for RLOO."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from datamodules.base import ChatDataModule, Task
-from datamodules.messages import before_answer
-
-
-def read_conversation(row: Mapping[str, Any]) -> Any:
-    """The whole conversation."""
-    return row["messages"]
-
-
-def read_prompt(row: Mapping[str, Any]) -> Any:
-    """The conversation up to its last user turn."""
-    return before_answer(row["messages"])
+from datamodules.base import ChatDataModule
+from datamodules.formats import Task, conversations_and_prompts, read_messages
 
 
 class SmolTalkDataModule(ChatDataModule):
     """`HuggingFaceTB/smol-smoltalk`, or the same columns from a local path.
 
     Args:
-        dataset_name: Hub id, or a directory or file of parquet or JSONL with ``messages``.
+        dataset_name: Hub id, or a directory or file of parquet, JSONL or CSV with ``messages``.
         task: ``conversations`` or ``prompts``.
     """
 
     train_split = "train"
     validation_split = "test"
-    columns = ("messages",)
-    readers = {"conversations": read_conversation, "prompts": read_prompt}
+    needed_columns = ("messages",)
+    readers = conversations_and_prompts(read_messages)
 
     def __init__(
         self, dataset_name: str = "HuggingFaceTB/smol-smoltalk", task: Task = "conversations", **options: Any

@@ -1,25 +1,9 @@
 """UltraFeedback: preference pairs; also their prompts, and the chosen side as conversations."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from datamodules.base import ChatDataModule, Task
-from datamodules.messages import before_answer
-
-
-def read_preference(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Both conversations; each holds the prompt and one answer."""
-    return row["chosen"], row["rejected"]
-
-
-def read_chosen(row: Mapping[str, Any]) -> Any:
-    """The conversation with the chosen answer."""
-    return row["chosen"]
-
-
-def read_prompt(row: Mapping[str, Any]) -> Any:
-    """The conversation without its answer."""
-    return before_answer(row["chosen"])
+from datamodules.base import ChatDataModule
+from datamodules.formats import Task, conversations_and_prompts, read_chosen, read_pair
 
 
 class UltraFeedbackDataModule(ChatDataModule):
@@ -28,14 +12,14 @@ class UltraFeedbackDataModule(ChatDataModule):
     Pairs whose two scores are equal are kept, as in the published dataset.
 
     Args:
-        dataset_name: Hub id, or a directory or file of parquet or JSONL with ``chosen`` and ``rejected``.
+        dataset_name: Hub id, or a directory or file of parquet, JSONL or CSV with ``chosen`` and ``rejected``.
         task: ``preferences``, ``prompts``, or ``conversations`` (the chosen ones).
     """
 
     train_split = "train_prefs"
     validation_split = "test_prefs"
-    columns = ("chosen", "rejected")
-    readers = {"preferences": read_preference, "prompts": read_prompt, "conversations": read_chosen}
+    needed_columns = ("chosen", "rejected")
+    readers = {"preferences": read_pair, **conversations_and_prompts(read_chosen)}
 
     def __init__(
         self,

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from datamodules.base import Task
 from datamodules.chat import load_tokenizer, stop_token_ids
+from datamodules.formats import Task
 from lightning_modules.adapted import AdaptedModule, global_seed
 from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.loading import Quantization, load_causal_lm, load_config

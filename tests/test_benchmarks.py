@@ -14,8 +14,7 @@ from benchmarks.table import comparison, growth
 from benchmarks.workloads import SUPERVISED_SHARE, Size, make
 from datamodules.chat import encode_conversation, load_tokenizer
 from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
-from datamodules.smoltalk import read_conversation, read_prompt
-from datamodules.ultrafeedback import read_preference
+from datamodules.formats import Read, read_messages, read_pair
 
 SHAPE = SHAPES["tiny"]
 SIZE = Size(tokens=2_000, length=8, row_length=8)
@@ -30,7 +29,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_sft_step_has_the_tokens_it_counts(model_dir: Path) -> None:
     work = make("sft", SHAPE, SIZE)
-    options = {"read": read_conversation, "tokenizer": load_tokenizer(str(model_dir)), "max_length": 10_000}
+    options = {"read": read_messages, "tokenizer": load_tokenizer(str(model_dir)), "max_length": 10_000}
     rows = [encode_conversation_row(row, 0, **options) for row in work.rows]
     assert sum(len(row["input_ids"]) for row in rows) == work.units
     supervised = sum(sum(row["completion_mask"]) for row in rows)
@@ -39,7 +38,7 @@ def test_an_sft_step_has_the_tokens_it_counts(model_dir: Path) -> None:
 
 def test_a_dpo_step_counts_a_prompt_for_both_answers(model_dir: Path) -> None:
     work = make("dpo", SHAPE, SIZE)
-    options = {"read": read_preference, "tokenizer": load_tokenizer(str(model_dir)), "max_length": 10_000}
+    options = {"read": read_pair, "tokenizer": load_tokenizer(str(model_dir)), "max_length": 10_000}
     rows = [encode_preference_row(row, 0, **options) for row in work.rows]
     tokens = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
     assert sum(tokens) == work.units
@@ -48,7 +47,7 @@ def test_a_dpo_step_counts_a_prompt_for_both_answers(model_dir: Path) -> None:
 def test_prompts_have_the_tokens_that_the_operations_are_counted_for(model_dir: Path) -> None:
     tokenizer = load_tokenizer(str(model_dir))
     rows = [
-        encode_prompt_row(row, 0, read=read_prompt, tokenizer=tokenizer, max_length=10_000)
+        encode_prompt_row(row, 0, read=Read(read_messages, prompt=True), tokenizer=tokenizer, max_length=10_000)
         for row in make("rloo", SHAPE, SIZE).rows
     ]
     lengths = [len(row["prompt_ids"]) for row in rows]

@@ -301,7 +301,7 @@ def test_a_usable_prompt_is_found_beside_what_is_none(tmp_path: Path, tiny_model
 
 def test_why_no_row_is_a_prompt_is_told_by_reason(tmp_path: Path, tiny_model_dir: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model_dir))
-    rows = [{"prompt": 5}, {"prompt": 7}]
+    rows = [{"prompt": {"text": "5"}}, {"prompt": {"text": "7"}}]
     write(tmp_path / "numbers.jsonl", rows)
     with pytest.raises(ConfigurationError, match=r"\(2 malformed\); change evaluation.dataset_name"):
         load_prompts(str(tmp_path / "numbers.jsonl"), "any", tokenizer=tokenizer, count=2, max_length=100)
