@@ -86,7 +86,8 @@ def shown_dataset(name: str | None) -> str:
     """A hub id as it is, of a local path what says something."""
     if name is None:
         return "an unnamed dataset"
-    return printable(f"{short_name(name)} (local)" if Path(name).exists() else name)
+    parts = name.split(" + ")  # of a mixture
+    return printable(" + ".join(f"{short_name(part)} (local)" if Path(part).exists() else part for part in parts))
 
 
 def headline(trainer: Trainer) -> str:
@@ -114,7 +115,8 @@ def model_card(
         if name.startswith(("val/", "eval/")) and value.numel() == 1 and value.isfinite()
     }
     stages, base = history["stages"], history["base_model"]
-    hub_datasets = [stage["dataset"] for stage in stages if "/" in stage["dataset"]]
+    named = [name for stage in stages for name in stage["dataset"].split(" + ")]
+    hub_datasets = [name for name in named if "/" in name]
     front_matter = {
         **({"base_model": base} if base else {}),
         **({"datasets": list(dict.fromkeys(hub_datasets))} if hub_datasets else {}),

@@ -48,9 +48,9 @@ class ChatDataModule(LightningDataModule):
     """Loads a chat dataset and yields it as one of the tasks; a dataset's own module says where its rows come from.
 
     Args:
-        model_name: Whose tokenizer and chat template to use; under ``cli.py`` it is linked to the model's.
-        dataset_name: Hub id, or a directory or file of parquet or JSONL in the same columns.
+        dataset_name: Hub id, or a directory or file of parquet, JSONL or CSV in the same columns.
         task: What a batch holds: ``conversations``, ``preferences`` or ``prompts``.
+        model_name: Whose tokenizer and chat template to use; under ``cli.py`` it is linked to the model's.
         batch_size: Rows per batch and process.
         max_length: Longest sequence in tokens; of a prompt alone where the task is ``prompts``. A longer one loses
             its earliest exchanges, and is dropped where its last exchange alone is too long.
@@ -74,9 +74,9 @@ class ChatDataModule(LightningDataModule):
 
     def __init__(
         self,
-        model_name: str,
         dataset_name: str,
         task: Task,
+        model_name: str | None = None,
         batch_size: int = 8,
         max_length: int = 512,
         num_workers: int = 0,
@@ -101,6 +101,8 @@ class ChatDataModule(LightningDataModule):
         self.dropped: dict[str, Counter[str]] = {}
         self.start = BEGINNING
         """Where training begins; a run that is resumed sets it."""
+        self.part_names: tuple[str, ...] = ()
+        """Of what a validation tells apart."""
         self.repeats_validation = False
         """Whether this process validates on another one's rows, as there are fewer rows than processes."""
         self._splits: dict[str, Dataset] = {}
@@ -140,7 +142,7 @@ class ChatDataModule(LightningDataModule):
         wanted = [self.train_split, self.validation_split] if stage == "fit" else [self.validation_split]
         if set(wanted) <= set(self._splits):
             return
-        self.tokenizer = load_tokenizer(self.model_name, chat_template=self.chat_template)
+        self.tokenizer = load_tokenizer(self.named_model(), chat_template=self.chat_template)
         for split in wanted:
             if split not in self._splits:
                 title = f"{self.dataset_name} {split}"
@@ -151,6 +153,16 @@ class ChatDataModule(LightningDataModule):
             self._splits[self.train_split] = decontaminated(
                 training, held_out, leave_out=self.decontaminate, title=self.dataset_name
             )
+
+    def named_model(self) -> str:
+        """The model whose tokenizer is used.
+
+        Raises:
+            ConfigurationError: If none is named.
+        """
+        if self.model_name is None:
+            raise ConfigurationError("data.model_name is not given; name the model whose tokenizer is to be used")
+        return self.model_name
 
     def load(self, split: str) -> Dataset:
         """The rows of a split, as the dataset has them."""
@@ -187,8 +199,8 @@ class ChatDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        if self.tokens_per_batch is not None and self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            raise ConfigurationError("trainer.overfit_batches takes batches of data.batch_size; unset tokens_per_batch")
+        if self.tokens_per_batch is not None:
+            self.refuse_overfitting()
         rows = self._splits[self.train_split]
         sampler: ResumableSampler
         if self.tokens_per_batch is not None:
@@ -199,7 +211,14 @@ class ChatDataModule(LightningDataModule):
             sampler = ResumableSampler(
                 rows, *self._ranks(), rows_per_batch=self.batch_size, seed=self.seed, start=self.start
             )
-        return self._loader(rows, sampler)
+        return self._loader(rows, sampler, in_lists=self.tokens_per_batch is not None)
+
+    def refuse_overfitting(self) -> None:
+        """Raise a ConfigurationError for Lightning's ``overfit_batches``, which would replace the sampler."""
+        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "trainer.overfit_batches takes batches of data.batch_size of one dataset; unset data.tokens_per_batch"
+            )
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
@@ -209,7 +228,11 @@ class ChatDataModule(LightningDataModule):
             items = best_fit(row_lengths(rows), items, budget=self.tokens_per_batch)
         sampler = ShardSampler(items, *self._ranks())
         self.repeats_validation = sampler.repeats
-        return self._loader(rows, sampler)
+        return self._loader(rows, sampler, in_lists=self.tokens_per_batch is not None)
+
+    def validation_part(self, batch_idx: int) -> str | None:
+        """The part whose rows a validation batch of this process has; None where there are no parts."""
+        return None
 
     def digests(self) -> dict[str, str]:
         """Of the content of each split as it is trained on: two runs with the same have seen the same tokens."""
@@ -219,13 +242,14 @@ class ChatDataModule(LightningDataModule):
         """How many processes there are, and which one this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def _loader(self, rows: Dataset, sampler: DistributedSampler[Any]) -> DataLoader[Any]:
+    def _loader(self, rows: Dataset, sampler: DistributedSampler[Any], *, in_lists: bool) -> DataLoader[Any]:
+        """Batches of the rows that a sampler yields one by one, or in lists."""
         collate = self._collate()
         return DataLoader(
             rows,  # type: ignore[arg-type]  # a Dataset has the protocol of a map-style one
-            batch_size=None if self.tokens_per_batch else self.batch_size,
+            batch_size=None if in_lists else self.batch_size,
             sampler=sampler,
-            collate_fn=partial(collate_columns, collate=collate) if self.tokens_per_batch else collate,
+            collate_fn=partial(collate_columns, collate=collate) if in_lists else collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_gpu(),

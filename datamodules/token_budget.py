@@ -72,8 +72,16 @@ def best_fit(lengths: Sequence[int], order: Sequence[int], *, budget: int) -> li
 
 def split_to_multiple(batches: Sequence[list[int]], multiple: int) -> list[list[int]]:
     """Halve the batches of most rows until their number is a multiple; where all have one row, repeat some."""
+    return to_number(batches, -(-len(batches) // multiple) * multiple)
+
+
+def to_number(batches: Sequence[list[int]], number: int) -> list[list[int]]:
+    """Halve the batches of most rows until there are so many, or join those of the fewest; no row is lost."""
     result = list(batches)
-    while len(result) % multiple:
+    while len(result) > number:
+        last, smallest = (result.pop(min(range(len(result)), key=lambda i: len(result[i]))) for _ in range(2))
+        result.append(last + smallest)
+    while len(result) < number:
         largest = max(range(len(result)), key=lambda i: len(result[i]))
         rows = result[largest]
         middle = len(rows) // 2

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from typing_extensions import override
 
 from core.errors import ConfigurationError
+from datamodules.base import ChatDataModule
 from datamodules.chat import load_tokenizer, stop_token_ids
 from datamodules.formats import Task
 from lightning_modules.adapted import AdaptedModule, global_seed
@@ -82,6 +83,7 @@ class FineTuningModule(AdaptedModule):
         self.optimizer = optimizer
         self.use_adapter(lora, quantization)
         self._step = OptimiserStep()
+        self._part: str | None = None  # of the data that is being validated
         self.step_flaw = ""
         """Why the last optimiser step was skipped; empty where it was sound."""
 
@@ -131,7 +133,10 @@ class FineTuningModule(AdaptedModule):
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
 
-        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in self.validation_metrics()})
+        names = list(self.validation_metrics())
+        parts = getattr(getattr(self._trainer, "datamodule", None), "part_names", ())
+        names += [f"{part}/{name}" for part in parts for name in names]
+        self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
 
     def validation_metrics(self) -> Sequence[str]:
         """Names of what a validation takes the mean of, logged under ``val/``."""
@@ -220,13 +225,19 @@ class FineTuningModule(AdaptedModule):
     def _gradient_scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
+    @override
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        self._part = data.validation_part(batch_idx) if isinstance(data, ChatDataModule) else None
+
     def update_val(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add values to the means of this validation; rows that are another process's do not count."""
+        """Add values to the means of this validation and of the part at hand; another process's rows do not count."""
         if getattr(getattr(self.trainer, "datamodule", None), "repeats_validation", False):
             return
         for name, values in metrics.items():
-            if name in self.val_metrics and values.numel():
-                self.val_metrics[name].update(values)  # type: ignore[operator]
+            for mean in (name, f"{self._part}/{name}"):
+                if mean in self.val_metrics and values.numel():
+                    self.val_metrics[mean].update(values)  # type: ignore[operator]
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -62,7 +62,15 @@ def talk(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def command(
-    material: Path, run: Path, method: str, *, workers: int = 0, epochs: int = 2, ranks: int = 1, rank: int = 0
+    material: Path,
+    run: Path,
+    method: str,
+    *,
+    workers: int = 0,
+    epochs: int = 2,
+    ranks: int = 1,
+    rank: int = 0,
+    mixture: bool = False,
 ) -> list[str]:
     """The same command for the first start and for every later one; ``rank`` is LoRA's, 0 for all weights."""
     task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
@@ -107,10 +115,22 @@ def command(
     }
     if method != "RLOOModule":
         content["data"]["init_args"]["tokens_per_batch"] = 96  # type: ignore[index]
+    if mixture:
+        content["data"] = mixed(content["data"])  # type: ignore[arg-type]
+        content["trainer"]["max_epochs"] = epochs + 1  # type: ignore[index]
     file = run.parent / f"{run.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(content))
     return ["fit", "--config", str(file), "--ckpt_path", "last"]
+
+
+def mixed(data: dict[str, Any]) -> dict[str, Any]:
+    """A mixture of the rows and of some of them, at 0.7 to 0.3."""
+    options = dict(data["init_args"])
+    rows = {name: options.pop(name) for name in ("dataset_name", "task")}
+    parts = {"all": {**data, "init_args": rows}, "some": {**data, "init_args": {**rows, "max_samples": 5}}}
+    weights = {"all": 0.7, "some": 0.3}
+    return {"class_path": "datamodules.MixtureDataModule", "init_args": {"parts": parts, "weights": weights, **options}}
 
 
 def kill(processes: list[Any], rng: random.Random) -> None:
@@ -176,6 +196,7 @@ def kill_and_compare(
     epochs: int = 2,
     ranks: int = 1,
     rank: int = 0,
+    mixture: bool = False,
 ) -> Outcome:
     """Runs of a method until so many kills have been made."""
     rng = random.Random(f"{seed}-{method}-{workers}-{ranks}-{rank}")
@@ -183,7 +204,7 @@ def kill_and_compare(
     if not material.exists():
         make_material(material)
     place = directory / f"{method}-{workers}"
-    options = {"workers": workers, "ranks": ranks, "rank": rank}
+    options: dict[str, Any] = {"workers": workers, "ranks": ranks, "rank": rank, "mixture": mixture}
     (place / "alone").mkdir(parents=True)
     began = time.monotonic()
     (place / "alone" / "seconds").write_text("1")
@@ -208,6 +229,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank")
+    parser.add_argument("--mixture", action="store_true", help="train on a mixture of two parts, for three epochs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -218,8 +240,8 @@ def main() -> int:
         for method in arguments.methods:
             for workers in arguments.workers:
                 kills = arguments.kills // len(arguments.workers)
-                options = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
-                options["rank"] = arguments.lora
+                options: dict[str, Any] = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
+                options |= {"rank": arguments.lora, "mixture": arguments.mixture}
                 found = kill_and_compare(Path(directory), method, kills=kills, **options)
                 print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
                 failed = failed or bool(found.different)

@@ -52,6 +52,12 @@ def test_kills_of_a_rank_or_of_the_whole_job_change_nothing_on_two_ranks(method:
     assert_kills_change_nothing("--kills", "4", "--ranks", "2", "--workers", "0", "--methods", method)
 
 
+@pytest.mark.slow
+def test_kills_change_nothing_of_a_mixture() -> None:
+    options = ("--kills", "4", "--workers", "0", "2", "--mixture")
+    assert_kills_change_nothing(*options, "--methods", "SFTModule", "DPOModule", "RLOOModule")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_sampler_goes_on_behind_the_batches_that_were_seen(rank: int) -> None:
     whole = ResumableSampler(range(20), 2, rank, shuffle=True, seed=3)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from typing_extensions import override
 
 from core.secrets import redact
+from datamodules.source import FORMATS
 
 PROJECT = "cs224r_deeprl_final"
 PROBE_S = 4.0
@@ -119,8 +120,10 @@ def run_name(method: str, model_name: str, dataset_name: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """The last part of a hub id or path that says something."""
+    """The last part of a hub id or path that says something; of several names each one's."""
+    if " + " in name:
+        return "+".join(map(short_name, name.split(" + ")))
     path = Path(name)
-    return (
-        path.parent.name if path.name == "final" else path.stem if path.suffix in (".parquet", ".jsonl") else path.name
-    )
+    if path.name == "final":
+        return path.parent.name
+    return path.stem if path.suffix in FORMATS else path.name
