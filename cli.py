@@ -1,9 +1,10 @@
-"""The command line: fit and validate on LightningCLI, compare, and serve-reward."""
+"""The command line: fit and validate on LightningCLI, and the tools around a run."""
 
 import os
 import sys
 import traceback
 from difflib import get_close_matches
+from importlib import import_module
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse 5 will drop
 
@@ -15,10 +16,12 @@ HELP = """usage: python cli.py COMMAND [options]
                   python cli.py validate --config configs/dpo.yaml
   compare       put runs side by side: a table, summary.json and report.html
                   python cli.py compare outputs/sft outputs/dpo outputs/rloo --output outputs/report
+  inspect       show rows as the model meets them: what is learned, how long, what is dropped and why
+                  python cli.py inspect --config configs/sft.yaml
   serve-reward  serve a reward model under the protocol of NVIDIA's Nemotron API
                   python cli.py serve-reward --model outputs/reward/final --port 8000
 
-options of fit and validate that matter most (any option of a config can stand on the command line):
+options of fit, validate and inspect that matter most (any option of a config can stand on the command line):
   --config FILE                          a complete config; further ones overlay it (configs/trainer/ddp.yaml)
   --model.model_name NAME                hub id or directory of the model to start from
   --model.learning_rate RATE             peak learning rate
@@ -40,7 +43,7 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 
 INTERRUPTED = 130
 """128 + SIGINT, which shells take for a command that Ctrl-C ended."""
-COMMANDS = ("fit", "validate", "compare", "serve-reward")
+COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect")
 
 
 def main(arguments: list[str]) -> int:
@@ -69,18 +72,8 @@ def main(arguments: list[str]) -> int:
 
 def start(command: str) -> None:
     """Import what a command needs, and no more, and run it."""
-    if command == "compare":
-        from commands import compare
-
-        compare.run()
-    elif command == "serve-reward":
-        from commands import serve_reward
-
-        serve_reward.run()
-    else:
-        from commands import lightning
-
-        lightning.run()
+    module = "lightning" if command in ("fit", "validate") else command.replace("-", "_")
+    import_module(f"commands.{module}").run()
 
 
 def run(command: str, *, debug: bool) -> int:

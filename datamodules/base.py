@@ -164,6 +164,11 @@ class ChatDataModule(LightningDataModule):
             raise ConfigurationError("data.model_name is not given; name the model whose tokenizer is to be used")
         return self.model_name
 
+    def datasets(self) -> dict[str, "ChatDataModule"]:
+        """The data modules that have rows of their own, ready to encode them: this one, or a mixture's parts."""
+        self.tokenizer = load_tokenizer(self.named_model(), chat_template=self.chat_template)
+        return {"": self}
+
     def load(self, split: str) -> Dataset:
         """The rows of a split, as the dataset has them."""
         return load_rows(self.dataset_name, split, columns=self.needed_columns, held_out=split == self.validation_split)

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from core.errors import ConfigurationError
 from datamodules.base import ChatDataModule
-from datamodules.chat import load_tokenizer
 from datamodules.encoding import row_lengths
 from datamodules.formats import FORMATS, Reader
 from datamodules.position import ResumableSampler
@@ -145,14 +144,11 @@ class MixtureDataModule(ChatDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        self._share_options()
         wanted = ["train", "validation"] if stage == "fit" else ["validation"]
         if set(wanted) <= set(self._splits):
             return
-        self.tokenizer = load_tokenizer(self.named_model(), chat_template=self.chat_template)
         found: dict[str, dict[str, Dataset]] = {split: {} for split in wanted}
-        for name, part in self.parts.items():
-            part.tokenizer = self.tokenizer
+        for name, part in self.datasets().items():
             for split in wanted:
                 theirs = part.train_split if split == "train" else part.validation_split
                 title = f"{part.dataset_name} {theirs}"
@@ -169,8 +165,10 @@ class MixtureDataModule(ChatDataModule):
             self._sizes[split] = {name: len(rows) for name, rows in parts.items()}
             self._splits[split] = concatenate_datasets(list(parts.values()))
 
-    def _share_options(self) -> None:
-        """Give the parts the mixture's options, and refuse what a part says otherwise."""
+    @override
+    def datasets(self) -> dict[str, ChatDataModule]:
+        """The parts, with the mixture's options; what a part says otherwise is refused."""
+        super().datasets()
         defaults = inspect.signature(ChatDataModule).parameters
         for name, part in self.parts.items():
             for option in SHARED:
@@ -182,6 +180,8 @@ class MixtureDataModule(ChatDataModule):
                 setattr(part, option, ours)
             part.model_name = self.model_name
             part.max_samples = part.max_samples or self.max_samples
+            part.tokenizer = self.tokenizer
+        return self.parts
 
     def counts(self) -> dict[str, int]:
         """How many rows of each part an epoch has."""

@@ -1,0 +1,96 @@
+"""The options of ``fit``, for commands that read a run's configuration and run nothing."""
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from typing_extensions import override
+
+from commands.lightning import Parser, SuiteCLI
+from commands.parsing import check_arguments, refuse_secrets, restrict
+from commands.quiet import quieten
+from core.errors import ConfigurationError
+from core.secrets import redact
+from core.text import shown
+from datamodules.base import ChatDataModule
+from lightning_modules.base import FineTuningModule
+
+
+class Configured(SuiteCLI):
+    """Parses as ``fit`` or ``validate`` does and builds the classes, but no trainer, and runs nothing."""
+
+    @override
+    def _set_seed(self) -> None:
+        """Nothing is random here."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        refuse_secrets(self.config[self.subcommand].as_dict())
+
+    @override
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+    def option(self, name: str) -> Any:
+        """The value of an option by its dotted name."""
+        return self.config[self.subcommand][name]
+
+    def data(self) -> ChatDataModule:
+        """The data module.
+
+        Raises:
+            ConfigurationError: If none is named.
+        """
+        if self.datamodule is None:
+            raise ConfigurationError(
+                "no data is named: name a config (--config configs/sft.yaml), or a module by --data"
+            )
+        assert isinstance(self.datamodule, ChatDataModule)
+        return self.datamodule
+
+
+class Options(argparse.ArgumentParser):
+    """A command's own options, before those of a config; errors are one line."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=f"cli.py {command}",
+            description=description,
+            epilog="Every option of fit stands beside them: --config FILE, --data.max_length TOKENS, ...",
+            allow_abbrev=False,
+        )
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {shown(redact(message))}\n")
+        raise SystemExit(2)
+
+
+def configured(arguments: list[str], *, command: str = "fit") -> Configured:
+    """What the options of ``fit`` or ``validate`` describe.
+
+    Args:
+        arguments: As on the command line.
+        command: Whose options; ``validate``'s need no method.
+    """
+    quieten()
+    restrict()
+    check_arguments(arguments)
+    sys.argv = [sys.argv[0], command, *arguments]  # which is what LightningCLI wants to read
+    return Configured(
+        FineTuningModule,
+        ChatDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=42,
+        parser_class=Parser,
+        parser_kwargs={"allow_abbrev": False},
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+    )

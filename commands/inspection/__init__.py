@@ -1,0 +1,1 @@
+"""What ``inspect`` is made of."""
