@@ -18,6 +18,8 @@ HELP = """usage: python cli.py COMMAND [options]
                   python cli.py compare outputs/sft outputs/dpo outputs/rloo --output outputs/report
   inspect       show rows as the model meets them: what is learned, how long, what is dropped and why
                   python cli.py inspect --config configs/sft.yaml
+  chat          talk with a model, or with two side by side
+                  python cli.py chat outputs/sft outputs/dpo --reward outputs/reward/final
   serve-reward  serve a reward model under the protocol of NVIDIA's Nemotron API
                   python cli.py serve-reward --model outputs/reward/final --port 8000
 
@@ -43,7 +45,7 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 
 INTERRUPTED = 130
 """128 + SIGINT, which shells take for a command that Ctrl-C ended."""
-COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect")
+COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect", "chat")
 
 
 def main(arguments: list[str]) -> int:

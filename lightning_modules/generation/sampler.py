@@ -1,6 +1,6 @@
 """Sampling completions: one free function, shared by RLOO and the evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,7 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
     min_length: int = 0,
+    on_tokens: Callable[[Int[Tensor, " row"], Int[Tensor, " row"]], None] | None = None,
 ) -> Samples:
     """Complete each prompt, up to a stop token or the length limit.
 
@@ -69,6 +70,7 @@ def sample_completions(
         top_p: Sample from the smallest set of likeliest tokens that holds this probability.
         top_k: Sample from so many likeliest tokens; 0 for all.
         min_length: No stop token is among a completion's first so many tokens.
+        on_tokens: Told after each step which samples have a further token, and the tokens; what it raises ends all.
     """
     stops = torch.tensor([token for token in stop_token_ids if token < model.config.vocab_size], dtype=torch.long)
     pad_token_id = int(stops[0]) if len(stops) else 0
@@ -89,6 +91,8 @@ def sample_completions(
             drawn, log_prob = draw_tokens(logits, uniforms[rows, step], **how)
             tokens[rows, step], log_probs[rows, step] = drawn, log_prob
             ended |= torch.isin(drawn, stops)
+            if on_tokens is not None:
+                on_tokens(rows, drawn)
             if step + 1 == max_completion_length or (leaves := _leaves(ended, step)) == len(rows):
                 break
             if leaves:
