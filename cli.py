@@ -20,6 +20,9 @@ HELP = """usage: python cli.py COMMAND [options]
                   python cli.py inspect --config configs/sft.yaml
   chat          talk with a model, or with two side by side
                   python cli.py chat outputs/sft outputs/dpo --reward outputs/reward/final
+  configs       list the ready configs; configs copy NAME copies one to change it
+  doctor        what this machine is good for, and what of its set-up contradicts itself
+                  python cli.py doctor --processes 2
   serve-reward  serve a reward model under the protocol of NVIDIA's Nemotron API
                   python cli.py serve-reward --model outputs/reward/final --port 8000
 
@@ -45,7 +48,7 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 
 INTERRUPTED = 130
 """128 + SIGINT, which shells take for a command that Ctrl-C ended."""
-COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect", "chat")
+COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect", "chat", "configs", "doctor")
 
 
 def main(arguments: list[str]) -> int:
@@ -107,12 +110,15 @@ def run(command: str, *, debug: bool) -> int:
 
 def mendable(error: BaseException | None) -> BaseException | None:
     """The error, or the one that caused it, that names an option to change; None where it is ours to mend."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     from core.errors import ConfigurationError
 
+    kinds: tuple[type[BaseException], ...] = (ConfigurationError,)
+    if "lightning" in sys.modules:  # which takes seconds, and raises nothing where it is not
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        kinds += (MisconfigurationException,)
     while error is not None:
-        if isinstance(error, (ConfigurationError, MisconfigurationException)) or refused_by_lightning(error):
+        if isinstance(error, kinds) or refused_by_lightning(error):
             return error
         error = error.__cause__
     return None

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from commands.configured import Options
+from commands.options import Options
 from commands.parsing import restrict
 from commands.quiet import quieten
 from core.errors import ConfigurationError
@@ -36,9 +36,9 @@ UNFINISHED = "�"
 
 def run() -> None:
     """Parse the command line and talk."""
-    parser = Options("chat", "Talk with a model, or with two side by side; piped input is answered line by line.")
-    parser.epilog = COMMANDS
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    told = "Talk with a model, or with two side by side; piped input is answered line by line."
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = Options("cli.py chat", description=told, epilog=COMMANDS, formatter_class=as_it_is)
     parser.add_argument("models", nargs="+", metavar="DIR", help="a model's directory, a run's folder, or a hub id")
     parser.add_argument("--reward", help="score each answer: a reward model's directory, or an import path")
     parser.add_argument("--system", help="the system's turn")

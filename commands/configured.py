@@ -1,8 +1,7 @@
 """The options of ``fit``, for commands that read a run's configuration and run nothing."""
 
-import argparse
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from typing_extensions import override
 
@@ -10,8 +9,6 @@ from commands.lightning import Parser, SuiteCLI
 from commands.parsing import check_arguments, refuse_secrets, restrict
 from commands.quiet import quieten
 from core.errors import ConfigurationError
-from core.secrets import redact
-from core.text import shown
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
 
@@ -53,23 +50,6 @@ class Configured(SuiteCLI):
             )
         assert isinstance(self.datamodule, ChatDataModule)
         return self.datamodule
-
-
-class Options(argparse.ArgumentParser):
-    """A command's own options, before those of a config; errors are one line."""
-
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(
-            prog=f"cli.py {command}",
-            description=description,
-            epilog="Every option of fit stands beside them: --config FILE, --data.max_length TOKENS, ...",
-            allow_abbrev=False,
-        )
-
-    @override
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"error: {shown(redact(message))}\n")
-        raise SystemExit(2)
 
 
 def configured(arguments: list[str], *, command: str = "fit") -> Configured:

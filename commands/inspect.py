@@ -7,8 +7,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
-from commands.configured import Options, configured
+from commands.configured import configured
 from commands.inspection.examine import Examined, Piece, chosen_splits, examine
+from commands.options import OF_A_CONFIG, Options
 from core.errors import ConfigurationError
 from core.files import check_writable, write_whole
 from core.text import shown
@@ -22,7 +23,8 @@ MARK = "<title>Rows as the model meets them"
 
 def run() -> None:
     """Parse the command line and show."""
-    parser = Options("inspect", "Rows as the model meets them; what is learned is green, a rejected answer red.")
+    told = "Rows as the model meets them; what is learned is green, a rejected answer red."
+    parser = Options("cli.py inspect", description=told, epilog=OF_A_CONFIG)
     parser.add_argument("--rows", type=int, default=3, help="rows shown of each split (3)")
     parser.add_argument("--split", default="both", help="train, validation or both")
     parser.add_argument("--examined", type=int, default=MOST_ROWS, help=f"rows looked at of each split ({MOST_ROWS:,})")
