@@ -20,6 +20,8 @@ HELP = """usage: python cli.py COMMAND [options]
                   python cli.py inspect --config configs/sft.yaml
   chat          talk with a model, or with two side by side
                   python cli.py chat outputs/sft outputs/dpo --reward outputs/reward/final
+  push          upload a run's model or adapter to the hub, with its card; private unless told
+                  python cli.py push outputs/dpo user/name
   configs       list the ready configs; configs copy NAME copies one to change it
   doctor        what this machine is good for, and what of its set-up contradicts itself
                   python cli.py doctor --processes 2
@@ -48,7 +50,7 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 
 INTERRUPTED = 130
 """128 + SIGINT, which shells take for a command that Ctrl-C ended."""
-COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect", "chat", "configs", "doctor")
+COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect", "plan", "chat", "push", "configs", "doctor")
 
 
 def main(arguments: list[str]) -> int:

@@ -38,6 +38,10 @@ class Configured(SuiteCLI):
         """The value of an option by its dotted name."""
         return self.config[self.subcommand][name]
 
+    def evaluation(self) -> Any:
+        """The evaluation callback."""
+        return self._get(self.config_init, "evaluation")
+
     def data(self) -> ChatDataModule:
         """The data module.
 

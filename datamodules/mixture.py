@@ -183,16 +183,16 @@ class MixtureDataModule(ChatDataModule):
             part.tokenizer = self.tokenizer
         return self.parts
 
-    def counts(self) -> dict[str, int]:
-        """How many rows of each part an epoch has."""
-        sizes = self._sizes["train"]
+    def counts(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """How many rows of each part an epoch has, by how many there are."""
         number = self.rows_per_epoch or int(min(sizes[name] / self.weights[name] for name in sizes) + 1e-9)
         return apportioned(number, self.weights)
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         self.refuse_overfitting()
-        rows, counts, sizes = self._splits["train"], self.counts(), self._sizes["train"]
+        rows, sizes = self._splits["train"], self._sizes["train"]
+        counts = self.counts(sizes)
         rank_zero_info(f"an epoch has {sum(counts.values()):,} rows: {told(counts, sizes)}")
         if few := [name for name, count in counts.items() if not count]:
             raise ConfigurationError(

@@ -106,9 +106,9 @@ def test_whole_numbers_in_proportion_add_up() -> None:
 
 def test_an_epoch_is_as_large_as_it_can_be_without_a_row_twice(tmp_path: Path, tiny_model_dir: Path) -> None:
     module = mixture(tmp_path, tiny_model_dir, {"a": 100, "b": 20}, weights={"a": 0.7, "b": 0.3})
-    assert module.counts() == {"a": 37, "b": 16}
+    assert module.counts(module._sizes["train"]) == {"a": 37, "b": 16}
     more = mixture(tmp_path, tiny_model_dir, {"a": 100, "b": 20}, weights={"a": 7.0, "b": 3.0}, rows_per_epoch=200)
-    assert more.counts() == {"a": 140, "b": 60}
+    assert more.counts(more._sizes["train"]) == {"a": 140, "b": 60}
 
 
 def test_batches_of_a_mixture_hold_what_the_parts_hold(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -1,0 +1,176 @@
+"""``plan``: what a run will take, before a weight is loaded: memory by part, steps, tokens, the judge's calls, disk."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from commands.configured import Configured, configured
+from commands.options import OF_A_CONFIG, Options
+from commands.planning.batch import Largest, largest_batch
+from commands.planning.memory import Account, Moment, Run, peak
+from commands.planning.work import Work, disk_bytes, work
+from core.errors import ConfigurationError
+from core.text import shown
+
+GB = 1e9
+SPARE = 0.92
+"""The share of a GPU's memory that a plan may fill; fragmentation and CUDA's own take the rest."""
+
+
+class Plan(NamedTuple):
+    """A run's figures."""
+
+    account: Account
+    moments: list[Moment]
+    batch: Largest
+    work: Work
+    processes: int
+
+
+def run() -> None:
+    """Parse the command line and print the plan; exit code 1 where it does not fit."""
+    told = "What a run will take, before a weight is loaded: memory by part, steps, tokens, calls, disk."
+    parser = Options("cli.py plan", description=told, epilog=OF_A_CONFIG)
+    parser.add_argument("--memory", type=float, metavar="GB", help="of the GPU to plan for, where it is not at hand")
+    parser.add_argument("--json", action="store_true", help="the figures in JSON")
+    own, rest = parser.parse_known_args(sys.argv[1:])
+    if own.memory is not None and not own.memory > 0:
+        raise ConfigurationError(f"--memory must be positive, got {own.memory}")
+    settings = configured(rest)
+    device = device_of(settings, own.memory)
+    plan = planned(settings, device)
+    available = own.memory * GB if own.memory else memory_at_hand(device)
+    if own.json:
+        print(json.dumps(as_plain(plan, available), indent=2))
+    else:
+        show(Console(), settings, plan, device, available)
+    if peak(plan.moments).total > SPARE * available:
+        raise SystemExit(1)
+
+
+def planned(settings: Configured, device: str, **changes: Any) -> Plan:
+    """The plan of a configuration, with some options of the model or the data changed."""
+    module, data = settings.model, settings.data()
+    trainer = settings.option("trainer")
+    module.check_options(data)
+    for name, value in changes.items():
+        setattr(data if name == "batch_size" else module, name, value)
+    batch = largest_batch(data, module)
+    count = processes(settings, device)
+    run = Run(
+        module=module,
+        batch=batch,
+        precision=str(trainer.precision or "32-true"),
+        device=device,
+        accumulates=trainer.accumulate_grad_batches > 1,
+        distributed=count > 1,
+        evaluation=settings.evaluation(),
+    )
+    account = Account(run)
+    done = work(data, module, trainer, settings.evaluation(), batch, count)
+    return Plan(account, account.moments(), batch, done, count)
+
+
+def device_of(settings: Configured, memory: float | None) -> str:
+    """Where the run is going to be."""
+    accelerator = settings.option("trainer.accelerator")
+    if accelerator in ("gpu", "cuda") or (accelerator != "cpu" and (memory is not None or torch.cuda.is_available())):
+        return "cuda"
+    return "cpu"
+
+
+def processes(settings: Configured, device: str) -> int:
+    """How many processes the run has on all machines."""
+    devices = settings.option("trainer.devices")
+    nodes = int(settings.option("trainer.num_nodes"))
+    if isinstance(devices, (list, tuple)):
+        return nodes * len(devices)
+    count = str(devices)
+    if count in ("auto", "-1"):
+        return nodes * (max(1, torch.cuda.device_count()) if device == "cuda" else 1)
+    return nodes * (int(count) if count.isdigit() else len(count.split(",")))
+
+
+def memory_at_hand(device: str) -> float:
+    """Bytes of the smallest GPU, or what the machine has free."""
+    if device == "cuda" and torch.cuda.is_available():
+        cards = range(torch.cuda.device_count())
+        return float(min(torch.cuda.get_device_properties(card).total_memory for card in cards))
+    if device == "cuda":
+        raise ConfigurationError("torch sees no GPU here: say how much memory the GPU to plan for has (--memory 24)")
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return float("inf") if free is None else float(free)
+
+
+def show(console: Console, settings: Configured, plan: Plan, device: str, available: float) -> None:
+    """Print the plan."""
+
+    def line(text: str) -> None:
+        console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
+
+    module, traced, done = settings.model, plan.account.traced, plan.work
+    line(f"{module.method} of {module.model_name} on {settings.data().dataset_name}")
+    line(f"parameters   {traced.parameters / 1e6:,.1f} million, {traced.trained / 1e6:,.1f} million of them trained")
+    tokens = int(plan.batch.tokens.attention_mask.sum())
+    line(f"batch        at most about {tokens:,} tokens a process, by the first rows of the data")
+    line(
+        f"work         {done.rows:,} rows x {done.epochs} epochs = {done.steps:,} steps, {done.tokens / 1e6:,.1f} "
+        f"million tokens, on {plan.processes} {'process' if plan.processes == 1 else 'processes'}"
+    )
+    if done.evaluations:
+        calls = f", {done.calls:,} calls of the judge" if done.calls else ""
+        rate = f", {done.minutes:,.0f} minutes by its rate" if done.minutes else ""
+        line(f"judge        {done.evaluations} evaluations{calls}{rate}")
+    disk = disk_bytes(plan.account)
+    free = shutil.disk_usage(Path.cwd()).free
+    kinds = " + ".join(f"{name} {size / GB:.1f}" for name, size in disk.items())
+    few = "; more than is free here" if sum(disk.values()) > free else ""
+    line(f"disk         {sum(disk.values()) / GB:.1f} GB ({kinds}), {free / GB:.0f} GB free here{few}")
+    most = peak(plan.moments)
+    line(f"\nmemory of a process on {'a GPU' if device == 'cuda' else 'the CPU'} at its most, in the {most.name}, GB")
+    for name, size in most.parts.items():
+        if size:
+            line(f"  {name:26}{size / GB:8.2f}")
+    line(f"  {'together':26}{most.total / GB:8.2f}")
+    others = [f"{moment.name} {moment.total / GB:.2f}" for moment in plan.moments if moment is not most]
+    line(f"at other moments: {', '.join(others)}")
+    fits = most.total <= SPARE * available
+    line(f"\n{'fits' if fits else 'does not fit'}: {most.total / GB:.2f} GB of {available / GB:.1f} GB")
+    if not fits:
+        line(advice(settings, device, available))
+
+
+def advice(settings: Configured, device: str, available: float) -> str:
+    """The first change of options with which the run fits, the one that costs least first."""
+    tried = []
+    size = settings.data().batch_size
+    while size > 1 and settings.data().tokens_per_batch is None:
+        size //= 2
+        tried.append((f"--data.batch_size {size} with --trainer.accumulate_grad_batches", {"batch_size": size}))
+    tried.append(("--model.gradient_checkpointing true as well", {"gradient_checkpointing": True}))
+    for words, changes in tried:
+        if peak(planned(settings, device, **changes).moments).total <= SPARE * available:
+            return f"it would with {words}"
+    return "what is left is an adapter (--config configs/adapters/lora.yaml, or qlora.yaml) or a smaller model"
+
+
+def as_plain(plan: Plan, available: float) -> dict[str, Any]:
+    """The plan in plain values, sizes in bytes."""
+    most = peak(plan.moments)
+    return {
+        "parameters": plan.account.traced.parameters,
+        "trained": plan.account.trained,
+        "processes": plan.processes,
+        "work": plan.work._asdict(),
+        "disk": disk_bytes(plan.account),
+        "moments": {moment.name: {**moment.parts, "together": moment.total} for moment in plan.moments},
+        "peak": {"moment": most.name, "bytes": most.total},
+        "available": None if available == float("inf") else int(available),
+        "fits": most.total <= SPARE * available,
+    }

@@ -1,0 +1,237 @@
+"""Which memory a run needs at its moments, and of what it is made up: from the configuration, without a weight."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from commands.planning.batch import Largest
+from commands.planning.trace import Passes, Traced, trace
+from lightning_modules.base import FineTuningModule
+from lightning_modules.dpo import DPOModule
+from lightning_modules.functional.head import CHUNK_BYTES
+from lightning_modules.generation.family_decoder import BLOCK
+from lightning_modules.models.adapter_files import base_of
+from lightning_modules.models.loading import load_config
+from lightning_modules.optimiser_step import make_optimizer
+from lightning_modules.rewards import ModelReward
+from lightning_modules.rloo import RLOOModule
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096
+"""Bytes of a weight in NF4, its constants in eight bits included."""
+HEADS = {"sft": "known", "reward": "", "rloo": "entropy"}
+"""How a method reads the output head, where that is not as DPO does."""
+PROBE = 128
+
+
+class Moment(NamedTuple):
+    """A time of a run, and the bytes of each kind that stand then."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self.parts.values())
+
+
+class Run(NamedTuple):
+    """What decides a run's memory."""
+
+    module: FineTuningModule
+    batch: Largest
+    precision: str
+    device: str
+    """``cpu`` or ``cuda``."""
+    accumulates: bool
+    """Whether gradients stand beside later forward passes of a step."""
+    distributed: bool
+    evaluation: Any
+    """The evaluation callback; None where nothing is evaluated."""
+
+
+def moments(run: Run) -> list[Moment]:
+    """The run's moments; the largest is its peak."""
+    return Account(run).moments()
+
+
+def peak(found: list[Moment]) -> Moment:
+    """The moment of most memory."""
+    return max(found, key=lambda moment: moment.total)
+
+
+class Account:
+    """Adds up what stands when; all figures in bytes of one process."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.module = run.module
+        self.config = load_config(self.module.loaded_name)
+        self.traced = self.trace()
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
+        self.chunk_bytes = CHUNK_BYTES[run.device]
+        self.trained = self.traced.trained
+        self.weight_bytes = 2 if run.precision in TRUE else 4
+        self.gradients = self.trained * self.weight_bytes
+        self.optimiser = round(self.trained * optimiser_bytes(self.module))
+        self.buckets = self.gradients if run.distributed else 0
+        self.weights = self.policy_bytes()
+        self.reference = self.reference_bytes()
+        self.reward = reward_bytes(getattr(self.module, "reward", None))
+
+    def trace(self) -> Traced:
+        """The passes of the largest batch."""
+        precision = self.run.precision
+        how = Passes(
+            dtype=TRUE.get(precision, torch.float32),
+            autocast=HALF.get(precision),
+            checkpointing=self.module.gradient_checkpointing,
+            lora=self.module.lora,
+            head=HEADS.get(self.module.method, "unknown"),  # type: ignore[arg-type]
+            chunk_bytes=CHUNK_BYTES[self.run.device],
+        )
+        return trace(self.config, self.run.batch.tokens, self.run.batch.groups, how)
+
+    def moments(self) -> list[Moment]:
+        """All moments of the run."""
+        found = [self.loading(), self.forward(), self.backward(), self.step(), self.validation()]
+        if isinstance(self.module, RLOOModule):
+            found.append(self.sampling())
+        if isinstance(self.module, DPOModule) and self.module.precompute_reference and self.module.lora is None:
+            found.append(self.asking_the_reference())
+        if self.run.evaluation is not None and self.module.can_generate and self.run.evaluation.num_prompts:
+            found += self.evaluating()
+        return found
+
+    def standing(self) -> dict[str, int]:
+        """What stands from the first step on."""
+        parts = {"weights": self.weights, "optimiser": self.optimiser, "DDP's buckets": self.buckets}
+        if isinstance(self.module, RLOOModule):
+            parts |= {"reference": self.reference, "reward model": self.reward}
+        return parts
+
+    def loading(self) -> Moment:
+        """The files beside the weights that are made of them."""
+        copies = 2 if isinstance(self.module, RLOOModule) and self.reference else 1
+        return Moment("loading", {"weights": copies * self.weights, "files": file_bytes(self.module.loaded_name)})
+
+    def forward(self) -> Moment:
+        """The forward pass at its largest, and an online reference's pass behind it."""
+        parts = self.standing() | {"activations": self.traced.forward}
+        parts["gradients"] = self.gradients if self.run.accumulates else 0
+        if isinstance(self.module, DPOModule) and not self.module.precompute_reference:
+            parts |= {"reference": self.reference, "passing activations": self.traced.passing}
+        return Moment("forward pass", parts)
+
+    def backward(self) -> Moment:
+        """The backward pass at its largest; gradients come as activations go."""
+        parts = self.standing() | {"activations and gradients": self.traced.backward}
+        parts["gradients"] = self.gradients if self.run.accumulates else 0
+        return Moment("backward pass", parts)
+
+    def step(self) -> Moment:
+        """The optimiser's step."""
+        return Moment("optimiser step", self.standing() | {"gradients": self.gradients})
+
+    def validation(self) -> Moment:
+        """A forward pass that keeps nothing; DPO's needs the reference beside it."""
+        parts = self.standing() | {"passing activations": self.traced.passing}
+        if isinstance(self.module, DPOModule):
+            logits = min(int(self.run.batch.tokens.completion_mask.sum()) * 4 * self.vocabulary, self.chunk_bytes)
+            parts |= {"reference": self.reference, "logits of both": 4 * logits}
+        return Moment("validation", parts)
+
+    def asking_the_reference(self) -> Moment:
+        """DPO's reference, before the first step."""
+        parts = {"weights": self.weights, "reference": self.reference, "passing activations": self.traced.passing}
+        return Moment("asking the reference", parts)
+
+    def sampling(self) -> Moment:
+        """RLOO's samples being written."""
+        module, prompts = self.module, self.run.batch.prompts
+        assert isinstance(module, RLOOModule)
+        rows = len(prompts) * module.samples_per_prompt
+        return Moment("sampling", self.standing() | self.sampler(rows, max(prompts) + module.max_completion_length))
+
+    def evaluating(self) -> list[Moment]:
+        """The policy's and the reference's answers to the judge's prompts."""
+        evaluation = self.run.evaluation
+        length = evaluation.max_prompt_length + evaluation.decoding.max_completion_length
+        rows = min(evaluation.batch_size, evaluation.num_prompts)
+        sampler, judge = self.sampler(rows, length), reward_bytes(evaluation.reward)
+        name = evaluation.reference_model or self.module.model_name
+        other = parameters(name) * self.weight_bytes
+        policy = Moment("evaluation, policy", self.standing() | sampler | {"judge": judge})
+        compared = Moment("evaluation, reference", self.standing() | sampler | {"judge": judge, "compared with": other})
+        return [policy, compared]
+
+    def sampler(self, rows: int, length: int) -> dict[str, int]:
+        """The decoder's own weights, its cache, and a step's logits with what is drawn from them."""
+        config = self.config.get_text_config()
+        half = self.run.precision in (*HALF, *TRUE)
+        size = 2 if half else 4
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        capacity = math.ceil(length / BLOCK) * BLOCK
+        body = self.traced.parameters - self.traced.largest + self.vocabulary * int(config.hidden_size)
+        copied = self.run.device == "cpu" or half or self.module.lora is not None
+        return {
+            "sampler's weights": body * size if copied else 0,
+            "sampler's cache": 2 * int(config.num_hidden_layers) * rows * heads * capacity * width * size,
+            "logits": 3 * rows * self.vocabulary * 4,
+        }
+
+    def policy_bytes(self) -> int:
+        """Of the model that is trained."""
+        if self.module.quantization is None:
+            return self.traced.parameters * self.weight_bytes
+        per_weight = FOUR_BITS if self.module.quantization == "nf4" else 1.0
+        body = self.traced.parameters - self.traced.largest
+        return round(body * per_weight) + self.traced.largest * self.weight_bytes
+
+    def reference_bytes(self) -> int:
+        """Of the model that the policy is compared with in training; none where an adapter is switched off for it."""
+        module = self.module
+        if isinstance(module, RLOOModule) and not module.beta:
+            return 0
+        if not isinstance(module, (RLOOModule, DPOModule)):
+            return 0
+        if module.reference_model is not None:
+            return parameters(module.reference_model) * self.weight_bytes
+        return 0 if module.lora is not None else self.traced.parameters * self.weight_bytes
+
+
+def parameters(model_name: str) -> int:
+    """Weights of a model, counted without any."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(model_name))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def reward_bytes(reward: Any) -> int:
+    """Of the reward models that are in this process's memory."""
+    if isinstance(reward, ModelReward):
+        return parameters(reward.model_name) * (2 if reward.dtype == "bfloat16" else 4)
+    return sum(reward_bytes(part) for part in getattr(reward, "rewards", ()))
+
+
+def optimiser_bytes(module: FineTuningModule) -> float:
+    """What the optimiser keeps of a weight, seen from a step with a small matrix."""
+    weight = torch.nn.Parameter(torch.zeros(PROBE, PROBE))
+    weight.grad = torch.ones_like(weight)
+    optimizer = make_optimizer([weight], module.optimizer, learning_rate=1e-3, weight_decay=0.0, scaled=False)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(value.nbytes for value in kept if value.numel() > 1) / weight.numel()
+
+
+def file_bytes(model_name: str) -> int:
+    """Of the weights' files of a local model."""
+    folder = Path(base_of(model_name))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0

@@ -1,0 +1,34 @@
+"""How much memory this process has taken at most, since it was first asked."""
+
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Of the GPU where torch's tensors are there, else the growth of the resident memory (Linux).
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device != "cuda" and CLEAR.exists():
+            CLEAR.write_text("5")  # the peak starts anew from what is resident
+        self.base = 0 if device == "cuda" else resident("VmRSS")
+
+    def bytes(self) -> int:
+        """The most so far; 0 where the system does not say."""
+        if self.device == "cuda":
+            import torch
+
+            return int(torch.cuda.max_memory_allocated())
+        return max(0, resident("VmHWM") - self.base)
+
+
+def resident(field: str) -> int:
+    """Bytes that the kernel has under the field; 0 where there is no such file."""
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
