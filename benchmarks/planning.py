@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 
-from benchmarks.run import ALLOCATOR
 from benchmarks.shapes import SHAPES, save_model
 from benchmarks.workloads import Size, make
 
@@ -78,7 +77,7 @@ def measured(file: Path) -> int:
 
 def in_fresh_process(arguments: list[str]) -> str:
     """What this script prints when it is run with the arguments."""
-    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     command = [sys.executable, "-m", "benchmarks.planning", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if found.returncode:
@@ -132,7 +131,7 @@ def main() -> None:
     parser.add_argument("--only", help="of the models")
     parser.add_argument("--rows", type=Path, help="a folder with real rows")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="data.max_length")
+    parser.add_argument("--length", type=int, default=1_024, help="data.max_length")
     parser.add_argument("--completion", type=int, default=64, help="RLOO's model.max_completion_length")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--lora", type=int, default=0, metavar="RANK")

@@ -116,7 +116,8 @@ def show(console: Console, settings: Configured, plan: Plan, device: str, availa
 
     module, traced, done = settings.model, plan.account.traced, plan.work
     line(f"{module.method} of {module.model_name} on {settings.data().dataset_name}")
-    line(f"parameters   {traced.parameters / 1e6:,.1f} million, {traced.trained / 1e6:,.1f} million of them trained")
+    counts = [size.all / 1e6 for size in (traced.parameters, traced.trained)]
+    line(f"parameters   {counts[0]:,.1f} million, {counts[1]:,.1f} million of them trained")
     tokens = int(plan.batch.tokens.attention_mask.sum())
     line(f"batch        at most about {tokens:,} tokens a process, by the first rows of the data")
     line(
@@ -135,8 +136,8 @@ def show(console: Console, settings: Configured, plan: Plan, device: str, availa
     most = peak(plan.moments)
     line(f"\nmemory of a process on {'a GPU' if device == 'cuda' else 'the CPU'} at its most, in the {most.name}, GB")
     for name, size in most.parts.items():
-        if size:
-            line(f"  {name:26}{size / GB:8.2f}")
+        if size.all:
+            line(f"  {name:26}{size.all / GB:8.2f}")
     line(f"  {'together':26}{most.total / GB:8.2f}")
     others = [f"{moment.name} {moment.total / GB:.2f}" for moment in plan.moments if moment is not most]
     line(f"at other moments: {', '.join(others)}")
@@ -164,12 +165,15 @@ def as_plain(plan: Plan, available: float) -> dict[str, Any]:
     """The plan in plain values, sizes in bytes."""
     most = peak(plan.moments)
     return {
-        "parameters": plan.account.traced.parameters,
-        "trained": plan.account.trained,
+        "parameters": plan.account.traced.parameters.all,
+        "trained": plan.account.trained.all,
         "processes": plan.processes,
         "work": plan.work._asdict(),
         "disk": disk_bytes(plan.account),
-        "moments": {moment.name: {**moment.parts, "together": moment.total} for moment in plan.moments},
+        "moments": {
+            moment.name: {**{name: size.all for name, size in moment.parts.items()}, "together": moment.total}
+            for moment in plan.moments
+        },
         "peak": {"moment": most.name, "bytes": most.total},
         "available": None if available == float("inf") else int(available),
         "fits": most.total <= SPARE * available,

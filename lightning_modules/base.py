@@ -23,7 +23,7 @@ from datamodules.chat import load_tokenizer, stop_token_ids
 from datamodules.formats import Task
 from lightning_modules.adapted import AdaptedModule, global_seed
 from lightning_modules.models.adapter_files import LoraOptions
-from lightning_modules.models.loading import Quantization, load_causal_lm, load_config
+from lightning_modules.models.loading import Quantization, load_causal_lm, load_config, recompute_activations
 from lightning_modules.optimiser_step import OptimiserStep, make_optimizer
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
@@ -125,9 +125,7 @@ class FineTuningModule(AdaptedModule):
         self.tokenizer = self.load_tokenizer()
         self.model = self.load_model()
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-            if self.lora is not None:
-                self.model.enable_input_require_grads()  # or no gradient would enter the first layer
+            recompute_activations(self.model, adapted=self.lora is not None)
         if self.compile_model:
             self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 from commands.planning.batch import Largest
-from commands.planning.trace import Passes, Traced, trace
+from commands.planning.trace import Passes, Size, Traced, added, counted, sized, trace
 from lightning_modules.base import FineTuningModule
 from lightning_modules.dpo import DPOModule
+from lightning_modules.forward.completions import KL_TENSORS
 from lightning_modules.functional.head import CHUNK_BYTES
 from lightning_modules.generation.family_decoder import BLOCK
 from lightning_modules.models.adapter_files import base_of
@@ -24,6 +25,8 @@ FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096
 """Bytes of a weight in NF4, its constants in eight bits included."""
 HEADS = {"sft": "known", "reward": "", "rloo": "entropy"}
 """How a method reads the output head, where that is not as DPO does."""
+LIBRARIES, WORD = 45_000_000, 330
+"""On a CPU: what libraries and tables take once a run is under way, and a word of each of the two tokenizers."""
 PROBE = 128
 
 
@@ -31,12 +34,17 @@ class Moment(NamedTuple):
     """A time of a run, and the bytes of each kind that stand then."""
 
     name: str
-    parts: dict[str, int]
+    parts: dict[str, Size]
 
     @property
     def total(self) -> int:
         """All of them together."""
-        return sum(self.parts.values())
+        return sum(size.all for size in self.parts.values())
+
+    @property
+    def small(self) -> int:
+        """What of them is in the heap."""
+        return sum(size.small for size in self.parts.values())
 
 
 class Run(NamedTuple):
@@ -76,9 +84,9 @@ class Account:
         self.chunk_bytes = CHUNK_BYTES[run.device]
         self.trained = self.traced.trained
         self.weight_bytes = 2 if run.precision in TRUE else 4
-        self.gradients = self.trained * self.weight_bytes
-        self.optimiser = round(self.trained * optimiser_bytes(self.module))
-        self.buckets = self.gradients if run.distributed else 0
+        self.gradients = self.trained.times(self.weight_bytes)
+        self.optimiser = self.trained.times(optimiser_bytes(self.module))
+        self.buckets = self.gradients if run.distributed else Size(0)
         self.weights = self.policy_bytes()
         self.reference = self.reference_bytes()
         self.reward = reward_bytes(getattr(self.module, "reward", None))
@@ -105,24 +113,31 @@ class Account:
             found.append(self.asking_the_reference())
         if self.run.evaluation is not None and self.module.can_generate and self.run.evaluation.num_prompts:
             found += self.evaluating()
+        if self.run.device == "cpu":
+            most = max(moment.small for moment in found)
+            for moment in found:
+                moment.parts["freed, not given back"] = Size(most - moment.small)
         return found
 
-    def standing(self) -> dict[str, int]:
+    def standing(self) -> dict[str, Size]:
         """What stands from the first step on."""
         parts = {"weights": self.weights, "optimiser": self.optimiser, "DDP's buckets": self.buckets}
+        if self.run.device == "cpu":
+            parts["tokenizers and libraries"] = Size(LIBRARIES + 2 * WORD * self.vocabulary)
         if isinstance(self.module, RLOOModule):
             parts |= {"reference": self.reference, "reward model": self.reward}
         return parts
 
     def loading(self) -> Moment:
         """The files beside the weights that are made of them."""
-        copies = 2 if isinstance(self.module, RLOOModule) and self.reference else 1
-        return Moment("loading", {"weights": copies * self.weights, "files": file_bytes(self.module.loaded_name)})
+        copies = 2 if isinstance(self.module, RLOOModule) and self.reference.all else 1
+        files = Size(file_bytes(self.module.loaded_name))
+        return Moment("loading", {"weights": self.weights.times(copies), "files": files})
 
     def forward(self) -> Moment:
         """The forward pass at its largest, and an online reference's pass behind it."""
         parts = self.standing() | {"activations": self.traced.forward}
-        parts["gradients"] = self.gradients if self.run.accumulates else 0
+        parts["gradients"] = self.gradients if self.run.accumulates else Size(0)
         if isinstance(self.module, DPOModule) and not self.module.precompute_reference:
             parts |= {"reference": self.reference, "passing activations": self.traced.passing}
         return Moment("forward pass", parts)
@@ -130,7 +145,7 @@ class Account:
     def backward(self) -> Moment:
         """The backward pass at its largest; gradients come as activations go."""
         parts = self.standing() | {"activations and gradients": self.traced.backward}
-        parts["gradients"] = self.gradients if self.run.accumulates else 0
+        parts["gradients"] = self.gradients if self.run.accumulates else Size(0)
         return Moment("backward pass", parts)
 
     def step(self) -> Moment:
@@ -141,8 +156,9 @@ class Account:
         """A forward pass that keeps nothing; DPO's needs the reference beside it."""
         parts = self.standing() | {"passing activations": self.traced.passing}
         if isinstance(self.module, DPOModule):
-            logits = min(int(self.run.batch.tokens.completion_mask.sum()) * 4 * self.vocabulary, self.chunk_bytes)
-            parts |= {"reference": self.reference, "logits of both": 4 * logits}
+            predicted = int(self.run.batch.tokens.completion_mask.sum())
+            logits = min(predicted * 4 * self.vocabulary, self.chunk_bytes // KL_TENSORS)
+            parts |= {"reference": self.reference, "logits of both": sized(logits).times(KL_TENSORS)}
         return Moment("validation", parts)
 
     def asking_the_reference(self) -> Moment:
@@ -169,7 +185,7 @@ class Account:
         compared = Moment("evaluation, reference", self.standing() | sampler | {"judge": judge, "compared with": other})
         return [policy, compared]
 
-    def sampler(self, rows: int, length: int) -> dict[str, int]:
+    def sampler(self, rows: int, length: int) -> dict[str, Size]:
         """The decoder's own weights, its cache, and a step's logits with what is drawn from them."""
         config = self.config.get_text_config()
         half = self.run.precision in (*HALF, *TRUE)
@@ -177,48 +193,46 @@ class Account:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         capacity = math.ceil(length / BLOCK) * BLOCK
-        body = self.traced.parameters - self.traced.largest + self.vocabulary * int(config.hidden_size)
         copied = self.run.device == "cpu" or half or self.module.lora is not None
         return {
-            "sampler's weights": body * size if copied else 0,
-            "sampler's cache": 2 * int(config.num_hidden_layers) * rows * heads * capacity * width * size,
-            "logits": 3 * rows * self.vocabulary * 4,
+            "sampler's weights": self.traced.parameters.times(size) if copied else Size(0),
+            "sampler's cache": sized(2 * int(config.num_hidden_layers) * rows * heads * capacity * width * size),
+            "logits": sized(rows * self.vocabulary * 4).times(3),
         }
 
-    def policy_bytes(self) -> int:
+    def policy_bytes(self) -> Size:
         """Of the model that is trained."""
         if self.module.quantization is None:
-            return self.traced.parameters * self.weight_bytes
+            return self.traced.parameters.times(self.weight_bytes)
         per_weight = FOUR_BITS if self.module.quantization == "nf4" else 1.0
-        body = self.traced.parameters - self.traced.largest
-        return round(body * per_weight) + self.traced.largest * self.weight_bytes
+        body = added([self.traced.parameters, self.traced.largest.times(-1)])
+        return added([body.times(per_weight), self.traced.largest.times(self.weight_bytes)])
 
-    def reference_bytes(self) -> int:
+    def reference_bytes(self) -> Size:
         """Of the model that the policy is compared with in training; none where an adapter is switched off for it."""
         module = self.module
-        if isinstance(module, RLOOModule) and not module.beta:
-            return 0
-        if not isinstance(module, (RLOOModule, DPOModule)):
-            return 0
+        if not isinstance(module, (RLOOModule, DPOModule)) or (isinstance(module, RLOOModule) and not module.beta):
+            return Size(0)
         if module.reference_model is not None:
-            return parameters(module.reference_model) * self.weight_bytes
-        return 0 if module.lora is not None else self.traced.parameters * self.weight_bytes
+            return parameters(module.reference_model, option="model.reference_model").times(self.weight_bytes)
+        return Size(0) if module.lora is not None else self.traced.parameters.times(self.weight_bytes)
 
 
-def parameters(model_name: str) -> int:
-    """Weights of a model, counted without any."""
+def parameters(model_name: str, *, option: str = "model.model_name") -> Size:
+    """Weights of a model, counted without any; the option is named where there is no such model."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(model_name))
-    return sum(parameter.numel() for parameter in model.parameters())
+        model = AutoModelForCausalLM.from_config(load_config(model_name, option=option))
+    return added([counted(parameter) for parameter in model.parameters()])
 
 
-def reward_bytes(reward: Any) -> int:
+def reward_bytes(reward: Any) -> Size:
     """Of the reward models that are in this process's memory."""
     if isinstance(reward, ModelReward):
-        return parameters(reward.model_name) * (2 if reward.dtype == "bfloat16" else 4)
-    return sum(reward_bytes(part) for part in getattr(reward, "rewards", ()))
+        found = parameters(reward.model_name, option="model.reward")
+        return found.times(2 if reward.dtype == "bfloat16" else 4)
+    return added([reward_bytes(part) for part in getattr(reward, "rewards", ())])
 
 
 def optimiser_bytes(module: FineTuningModule) -> float:

@@ -22,31 +22,57 @@ from lightning_modules.forward.layout import FlatBatch, flatten, model_inputs
 from lightning_modules.functional.head import CHUNK_BYTES, head_log_probs
 from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.adapters import add_adapter
+from lightning_modules.models.loading import recompute_activations
 
 FEW, MORE = 2, 3
 """Layers that are run."""
+LARGE = 32 * 2**20
+"""Bytes from which glibc gives a tensor pages of its own, which go back when it goes; smaller ones share a heap, and
+what has been freed there is kept."""
+
+
+class Size(NamedTuple):
+    """Bytes, and how many of them are in tensors that share a heap."""
+
+    all: int
+    small: int = 0
+
+    def times(self, factor: float) -> "Size":
+        """The size so many times."""
+        return Size(round(self.all * factor), round(self.small * factor))
 
 
 class Traced(NamedTuple):
-    """Bytes beside weights and optimiser, and numbers of weights."""
+    """Numbers of weights, and bytes beside weights and optimiser."""
 
-    parameters: int
-    trained: int
-    largest: int
+    parameters: Size
+    """Numbers, and not bytes, as their precision is another's affair; small where they are in float32."""
+    trained: Size
+    largest: Size
     """Of the embedding matrix."""
-    forward: int
+    forward: Size
     """The most that stands at a time in the forward pass, its head included."""
-    passing: int
+    passing: Size
     """The most that a forward pass takes at a time that leaves nothing."""
-    early: int
+    early: Size
     """The most that stands at a time in the first half of the backward pass: what is kept, and what comes."""
-    late: int
+    late: Size
     """The same in the second half, where gradients of the weights have taken its place."""
 
     @property
-    def backward(self) -> int:
+    def backward(self) -> Size:
         """The most that stands at a time in the backward pass."""
-        return max(self.early, self.late)
+        return largest_of([self.early, self.late])
+
+
+def added(sizes: Sequence[Size]) -> Size:
+    """All of them together."""
+    return Size(sum(size.all for size in sizes), sum(size.small for size in sizes))
+
+
+def largest_of(sizes: Sequence[Size]) -> Size:
+    """The most of all bytes, and of those in the heap, each at its own time."""
+    return Size(max(size.all for size in sizes), max(size.small for size in sizes))
 
 
 class Passes(NamedTuple):
@@ -75,8 +101,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.now = 0
-        self.history = [0]
+        self.now = Size(0)
+        self.history = [Size(0)]
         """After each operation."""
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
 
@@ -84,7 +110,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # is the gradient as it was known to be?
+        if func is torch.ops.aten.allclose.default:  # is the gradient as it was known to be?
             return True
         output = func(*args, **(kwargs or {}))
         for tensor in tree_iter(output):
@@ -98,11 +124,16 @@ class LiveMemory(TorchDispatchMode):
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
+        self.now = added([self.now, sized(storage.nbytes())])
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
+        self.now = added([self.now, sized(self._sizes.pop(key, 0)).times(-1)])
+
+
+def sized(count: int) -> Size:
+    """The size of one tensor."""
+    return Size(count, count if count < LARGE else 0)
 
 
 def trace(config: Any, batch: TokenBatch, groups: Sequence[int] | None, how: Passes) -> Traced:
@@ -121,7 +152,10 @@ def trace(config: Any, batch: TokenBatch, groups: Sequence[int] | None, how: Pas
         return _run(config, flat, predicted, layers, how)
     few, more = (_run(config, flat, predicted, count, how) for count in (FEW, MORE))
     return Traced(
-        *(small + (layers - FEW) * (large - small) // (MORE - FEW) for small, large in zip(few, more, strict=True))
+        *(
+            Size(*(a + (layers - FEW) * (b - a) // (MORE - FEW) for a, b in zip(less, size, strict=True)))
+            for less, size in zip(few, more, strict=True)
+        )
     )
 
 
@@ -147,16 +181,21 @@ def _run(config: Any, flat: FlatBatch, predicted: int, layers: int, how: Passes)
             with torch.no_grad(), LiveMemory(model) as passing:
                 _loss(model, inputs, token_ids, how)
     half = (began + len(live.history)) // 2
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    weights = [(counted(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return Traced(
-        parameters=sum(size for size, _ in sizes),
-        trained=sum(size for size, trained in sizes if trained),
-        largest=model.get_input_embeddings().weight.numel(),
-        forward=max(live.history[:began]),
-        passing=max(passing.history),
-        early=max(live.history[began:half]),
-        late=max(live.history[half:]),
+        parameters=added([size for size, _ in weights]),
+        trained=added([size for size, trained in weights if trained]),
+        largest=counted(model.get_input_embeddings().weight),
+        forward=largest_of(live.history[:began]),
+        passing=largest_of(passing.history),
+        early=largest_of(live.history[began:half]),
+        late=largest_of(live.history[half:]),
     )
+
+
+def counted(tensor: Tensor) -> Size:
+    """How many numbers a tensor has, in float32 in the heap or not."""
+    return Size(tensor.numel(), tensor.numel() if 4 * tensor.numel() < LARGE else 0)
 
 
 def _loss(model: Any, inputs: dict[str, Any], token_ids: Tensor, how: Passes) -> Tensor:
@@ -184,9 +223,7 @@ def _model(config: Any, how: Passes) -> Any:
         if how.lora is not None:
             add_adapter(model, how.lora, start="", seed=0)
         if how.checkpointing:
-            model.gradient_checkpointing_enable()
-            if how.lora is not None:
-                model.enable_input_require_grads()
+            recompute_activations(model, adapted=how.lora is not None)
         return model.train()
 
 

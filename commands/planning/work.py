@@ -88,6 +88,6 @@ def judging(evaluation: Any, module: Any, epochs: int) -> tuple[int, int, float]
 def disk_bytes(account: Account) -> dict[str, int]:
     """What a run leaves: the last checkpoint and the best, and the model."""
     module = account.module
-    trained = account.trained * account.weight_bytes + account.optimiser
-    model = account.traced.parameters * module.base_dtype.itemsize
+    trained = account.trained.all * account.weight_bytes + account.optimiser.all
+    model = account.traced.parameters.all * module.base_dtype.itemsize
     return {"checkpoints": 2 * trained, "model": model}

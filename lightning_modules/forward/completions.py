@@ -161,11 +161,15 @@ def read_tokens(
     return CompletionTokens(*output, sequence=states.sequence, batch_size=states.batch_size)
 
 
+KL_TENSORS = 6
+"""Of the logits' size, that stand at once where two distributions are compared."""
+
+
 @torch.no_grad()
 def states_kl(policy: CompletionStates, reference: CompletionStates) -> Float[Tensor, " token"]:
     """KL(policy || reference) in nats over the vocabulary, at each completion token's prefix."""
     vocabulary = policy.hidden.shape[1] if policy.head is None else policy.head.out_features
-    chunks = chunks_of(len(policy.hidden), vocabulary, policy.hidden.device)
+    chunks = chunks_of(len(policy.hidden), KL_TENSORS * vocabulary, policy.hidden.device)
     parts = [token_kl(policy.logits(rows), reference.logits(rows)) for rows in chunks]
     return torch.cat(parts) if parts else policy.hidden.new_zeros(0)
 

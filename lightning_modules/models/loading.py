@@ -203,6 +203,14 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
                 embeddings.weight[old:] = embeddings.weight[:old].mean(0)
 
 
+def recompute_activations(model: Any, *, adapted: bool) -> None:
+    """Have a model make its activations again in the backward pass; ``adapted`` where only an adapter trains."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)()
+    if adapted:
+        model.enable_input_require_grads()  # or no gradient would enter the first layer
+
+
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Switch every kind of dropout off, in train mode too."""
     for module in model.modules():
