@@ -18,6 +18,8 @@ HELP = """usage: python cli.py COMMAND [options]
                   python cli.py compare outputs/sft outputs/dpo outputs/rloo --output outputs/report
   inspect       show rows as the model meets them: what is learned, how long, what is dropped and why
                   python cli.py inspect --config configs/sft.yaml
+  plan          what a run will take, before a weight is loaded: memory, steps, calls of the judge, disk
+                  python cli.py plan --config configs/dpo.yaml --memory 24
   chat          talk with a model, or with two side by side
                   python cli.py chat outputs/sft outputs/dpo --reward outputs/reward/final
   push          upload a run's model or adapter to the hub, with its card; private unless told

@@ -1,14 +1,12 @@
 """The options of ``fit``, for commands that read a run's configuration and run nothing."""
 
 import sys
-from typing import Any
 
 from typing_extensions import override
 
 from commands.lightning import Parser, SuiteCLI
 from commands.parsing import check_arguments, refuse_secrets, restrict
 from commands.quiet import quieten
-from core.errors import ConfigurationError
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
 
@@ -33,27 +31,6 @@ class Configured(SuiteCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""
-
-    def option(self, name: str) -> Any:
-        """The value of an option by its dotted name."""
-        return self.config[self.subcommand][name]
-
-    def evaluation(self) -> Any:
-        """The evaluation callback."""
-        return self._get(self.config_init, "evaluation")
-
-    def data(self) -> ChatDataModule:
-        """The data module.
-
-        Raises:
-            ConfigurationError: If none is named.
-        """
-        if self.datamodule is None:
-            raise ConfigurationError(
-                "no data is named: name a config (--config configs/sft.yaml), or a module by --data"
-            )
-        assert isinstance(self.datamodule, ChatDataModule)
-        return self.datamodule
 
 
 def configured(arguments: list[str], *, command: str = "fit") -> Configured:

@@ -30,7 +30,7 @@ from commands.explaining import did_you_mean
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from commands.quiet import quieten
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
-from commands.run_record import SaveConfig
+from commands.run_record import MemoryRecord, SaveConfig
 from core.errors import ConfigurationError
 from core.files import check_writable
 from datamodules.base import ChatDataModule
@@ -156,6 +156,8 @@ class SuiteCLI(LightningCLI):
             FolderLock(Path(root), str(self.subcommand)).take()
         kwargs["logger"] = self._loggers()
         own: list[Callback] = [ExactResume(self.ckpt_path), Preemption(), RunOptions(self.options)]
+        if self.subcommand == "fit":
+            own.append(MemoryRecord(self.planned_memory))
         if self.subcommand == "fit" and self.starts_over is not None:
             own.append(StartOver(self.starts_over))
         if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:
@@ -183,6 +185,35 @@ class SuiteCLI(LightningCLI):
             name = run_name(self.model.method, self.model.model_name, dataset_name)
             asked = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
         return [record, *(asked if isinstance(asked, list) else [asked] if asked else [])]
+
+    def option(self, name: str) -> Any:
+        """The value of an option by its dotted name."""
+        return self.config[self.subcommand][name]
+
+    def evaluation(self) -> Any:
+        """The evaluation callback."""
+        return self._get(self.config_init, "evaluation")
+
+    def data(self) -> ChatDataModule:
+        """The data module.
+
+        Raises:
+            ConfigurationError: If none is named.
+        """
+        if self.datamodule is None:
+            raise ConfigurationError(
+                "no data is named: name a config (--config configs/sft.yaml), or a module by --data"
+            )
+        assert isinstance(self.datamodule, ChatDataModule)
+        return self.datamodule
+
+    def planned_memory(self) -> tuple[str, int]:
+        """The moment at which the run was to take most memory, and the bytes."""
+        from commands.planning.memory import peak
+        from commands.planning.plan import device_of, planned
+
+        most = peak(planned(self, device_of(self)).moments)
+        return most.name, most.total
 
     def before_fit(self) -> None:
         self.model.check_options(self.datamodule)

@@ -4,32 +4,22 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from commands.configured import Configured, configured
 from commands.options import OF_A_CONFIG, Options
-from commands.planning.batch import Largest, largest_batch
-from commands.planning.memory import Account, Moment, Run, peak
-from commands.planning.work import Work, disk_bytes, work
+from commands.planning.memory import peak
+from commands.planning.plan import Plan, device_of, planned
+from commands.planning.work import disk_bytes
 from core.errors import ConfigurationError
 from core.text import shown
 
 GB = 1e9
 SPARE = 0.92
 """The share of a GPU's memory that a plan may fill; fragmentation and CUDA's own take the rest."""
-
-
-class Plan(NamedTuple):
-    """A run's figures."""
-
-    account: Account
-    moments: list[Moment]
-    batch: Largest
-    work: Work
-    processes: int
 
 
 def run() -> None:
@@ -42,7 +32,7 @@ def run() -> None:
     if own.memory is not None and not own.memory > 0:
         raise ConfigurationError(f"--memory must be positive, got {own.memory}")
     settings = configured(rest)
-    device = device_of(settings, own.memory)
+    device = device_of(settings, planned_for=own.memory)
     plan = planned(settings, device)
     available = own.memory * GB if own.memory else memory_at_hand(device)
     if own.json:
@@ -51,49 +41,6 @@ def run() -> None:
         show(Console(), settings, plan, device, available)
     if peak(plan.moments).total > SPARE * available:
         raise SystemExit(1)
-
-
-def planned(settings: Configured, device: str, **changes: Any) -> Plan:
-    """The plan of a configuration, with some options of the model or the data changed."""
-    module, data = settings.model, settings.data()
-    trainer = settings.option("trainer")
-    module.check_options(data)
-    for name, value in changes.items():
-        setattr(data if name == "batch_size" else module, name, value)
-    batch = largest_batch(data, module)
-    count = processes(settings, device)
-    run = Run(
-        module=module,
-        batch=batch,
-        precision=str(trainer.precision or "32-true"),
-        device=device,
-        accumulates=trainer.accumulate_grad_batches > 1,
-        distributed=count > 1,
-        evaluation=settings.evaluation(),
-    )
-    account = Account(run)
-    done = work(data, module, trainer, settings.evaluation(), batch, count)
-    return Plan(account, account.moments(), batch, done, count)
-
-
-def device_of(settings: Configured, memory: float | None) -> str:
-    """Where the run is going to be."""
-    accelerator = settings.option("trainer.accelerator")
-    if accelerator in ("gpu", "cuda") or (accelerator != "cpu" and (memory is not None or torch.cuda.is_available())):
-        return "cuda"
-    return "cpu"
-
-
-def processes(settings: Configured, device: str) -> int:
-    """How many processes the run has on all machines."""
-    devices = settings.option("trainer.devices")
-    nodes = int(settings.option("trainer.num_nodes"))
-    if isinstance(devices, (list, tuple)):
-        return nodes * len(devices)
-    count = str(devices)
-    if count in ("auto", "-1"):
-        return nodes * (max(1, torch.cuda.device_count()) if device == "cuda" else 1)
-    return nodes * (int(count) if count.isdigit() else len(count.split(",")))
 
 
 def memory_at_hand(device: str) -> float:

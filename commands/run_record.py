@@ -2,20 +2,27 @@
 
 import json
 import platform
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from core.errors import ConfigurationError
 from core.files import write_whole
+from core.memory import PeakMemory
+from core.text import told
 from datamodules.base import ChatDataModule
 from lightning_modules.models.identity import directory_digest
 
+SHORTEST_S = 60.0
+"""A run of less is not planned again for the record: that takes some seconds."""
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb")
 
 
@@ -41,6 +48,37 @@ class SaveConfig(SaveConfigCallback):
             ) from error
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict())
+
+
+class MemoryRecord(Callback):
+    """After a run that took its time, adds to ``environment.json`` what memory was planned, and what it took.
+
+    Args:
+        planned: Says at which moment it was to take most, and how much.
+    """
+
+    def __init__(self, planned: Callable[[], tuple[str, int]]) -> None:
+        self.planned = planned
+        self.began = time.monotonic()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.memory = PeakMemory(trainer.strategy.root_device.type)
+        self.began = time.monotonic()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or time.monotonic() - self.began < SHORTEST_S:
+            return
+        measured = self.memory.bytes()
+        try:
+            moment, planned = self.planned()
+        except Exception as error:  # the run is done, whatever a foreign model has against being planned
+            rank_zero_warn(f"environment.json does not say what memory was planned ({told(error)})")
+            return
+        file = Path(trainer.default_root_dir) / "environment.json"
+        found = {"planned": planned, "measured": measured, "moment": moment}
+        write_whole(file, json.dumps(json.loads(file.read_text()) | {"memory": found}, indent=2) + "\n")
 
 
 def environment(trainer: Trainer, model_name: str) -> dict[str, Any]:

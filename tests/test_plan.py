@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from commands.planning.batch import Largest, largest_batch
@@ -230,3 +231,19 @@ def test_no_weight_is_read(config: Any, cli: Cli, tiny_model_dir: Path, tmp_path
     (model / "model.safetensors").unlink()
     found = plan(cli, "--config", config("DPOModule"), "--model.model_name", str(model))
     assert found["parameters"] > 1000
+
+
+def test_a_run_says_what_was_planned_and_what_it_took(
+    config: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = config("DPOModule", evaluation={"num_prompts": 0}, trainer={"log_every_n_steps": 1})
+    assert cli("fit", "--config", file).returncode == 0
+    assert "memory" not in json.loads((tmp_path / "run" / "environment.json").read_text())  # of a short run
+    wandb.finish()
+    monkeypatch.setattr("commands.run_record.SHORTEST_S", 0.0)
+    assert cli("fit", "--config", file, "--overwrite", "true").returncode == 0
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())
+    expected = plan(cli, "--config", file)["peak"]
+    assert (found["memory"]["moment"], found["memory"]["planned"]) == (expected["moment"], expected["bytes"])
+    assert found["memory"]["measured"] > 0
+    assert found["packages"]

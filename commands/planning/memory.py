@@ -180,7 +180,7 @@ class Account:
         rows = min(evaluation.batch_size, evaluation.num_prompts)
         sampler, judge = self.sampler(rows, length), reward_bytes(evaluation.reward)
         name = evaluation.reference_model or self.module.model_name
-        other = parameters(name) * self.weight_bytes
+        other = parameters(name, option="evaluation.reference_model").times(self.weight_bytes)
         policy = Moment("evaluation, policy", self.standing() | sampler | {"judge": judge})
         compared = Moment("evaluation, reference", self.standing() | sampler | {"judge": judge, "compared with": other})
         return [policy, compared]
