@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -14,9 +16,10 @@ from core.errors import ConfigurationError
 from datamodules import CustomDataModule, UltraFeedbackDataModule
 from datamodules.chat import load_tokenizer
 from datamodules.encoding import prompt_key
-from datamodules.formats import FORMATS, common_beginning, read_pair, read_transcript
+from datamodules.formats import FORMATS, common_beginning, find_format, read_pair, read_transcript
 from datamodules.messages import UnusableRowError
 from datamodules.prompts import load_prompts
+from tests.command_line import Cli, assert_refused
 
 Row = dict[str, Any]
 
@@ -426,3 +429,43 @@ def test_every_format_is_named_with_what_tells_it() -> None:
     assert len({form.columns for form in FORMATS}) == len(FORMATS)
     for form in FORMATS:
         assert all(column in form.name for column in form.columns)
+
+
+METHODS = {"SFTModule": "conversations", "DPOModule": "preferences", "RLOOModule": "prompts"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        *((form, "SFTModule") for form in (*AS_CONVERSATION, "text")),
+        *((form, "DPOModule") for form in AS_PAIR),
+        *((form, "RLOOModule") for form in ("ShareGPT", "transcripts", "prompt")),
+        ("prompt", "SFTModule"),
+        ("text", "RLOOModule"),
+    ],
+)
+def test_each_format_trains_the_methods_that_it_serves(
+    form: str, method: str, talks: list[Row], pairs: list[Row], config: Any, cli: Cli, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(Path(config(method, evaluation={"num_prompts": 0})).read_text())
+    model = tmp_path / "model"  # that reads longer rows than the tests' own need
+    shutil.copytree(content["model"]["init_args"]["model_name"], model)
+    details = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(details | {"max_position_embeddings": 8_192}))
+    content["model"]["init_args"]["model_name"] = str(model)
+    alone = {"prompt": lambda row: {"prompt": row["messages"][:-1]}, "text": lambda row: {"text": str(row)}}
+    make = (AS_CONVERSATION | AS_PAIR | alone)[form]
+    rows = [make(row) for row in (pairs if form in AS_PAIR else filter(single, talks))][:20]
+    task = METHODS[method]
+    served = find_format(list(rows[0]), source="rows").readers
+    options = {"dataset_name": write(tmp_path / "rows.jsonl", rows), "task": task, "max_length": 4_000}
+    content["data"] = {"class_path": "datamodules.CustomDataModule", "init_args": options}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(content))
+    result = cli("fit", "--config", str(file), "--trainer.limit_train_batches", "2", "--trainer.log_every_n_steps", "1")
+    if task in served:
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    else:
+        assert_refused(result, f"and no {task}; change data.task or data.dataset_name")

@@ -25,8 +25,9 @@ FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096
 """Bytes of a weight in NF4, its constants in eight bits included."""
 HEADS = {"sft": "known", "reward": "", "rloo": "entropy"}
 """How a method reads the output head, where that is not as DPO does."""
-LIBRARIES, WORD = 45_000_000, 330
-"""On a CPU: what libraries and tables take once a run is under way, and a word of each of the two tokenizers."""
+LIBRARIES, SAMPLING, WORD = 45_000_000, 45_000_000, 330
+"""On a CPU: what libraries and tables take once a run is under way, what the kernels of a sampler take beside that, and
+a word of each of the two tokenizers."""
 PROBE = 128
 
 
@@ -111,19 +112,28 @@ class Account:
             found.append(self.sampling())
         if isinstance(self.module, DPOModule) and self.module.precompute_reference and self.module.lora is None:
             found.append(self.asking_the_reference())
-        if self.run.evaluation is not None and self.module.can_generate and self.run.evaluation.num_prompts:
+        if self.evaluates():
             found += self.evaluating()
         if self.run.device == "cpu":
             most = max(moment.small for moment in found)
-            for moment in found:
+            for moment in found[1:]:  # before loading nothing has been freed
                 moment.parts["freed, not given back"] = Size(most - moment.small)
         return found
+
+    def evaluates(self) -> bool:
+        """Whether a judge is asked about this run."""
+        return self.run.evaluation is not None and self.module.can_generate and self.run.evaluation.num_prompts > 0
+
+    def samples(self) -> bool:
+        """Whether anything is sampled."""
+        return isinstance(self.module, RLOOModule) or self.evaluates()
 
     def standing(self) -> dict[str, Size]:
         """What stands from the first step on."""
         parts = {"weights": self.weights, "optimiser": self.optimiser, "DDP's buckets": self.buckets}
         if self.run.device == "cpu":
-            parts["tokenizers and libraries"] = Size(LIBRARIES + 2 * WORD * self.vocabulary)
+            samples = SAMPLING if self.samples() else 0
+            parts["tokenizers and libraries"] = Size(LIBRARIES + samples + 2 * WORD * self.vocabulary)
         if isinstance(self.module, RLOOModule):
             parts |= {"reference": self.reference, "reward model": self.reward}
         return parts

@@ -48,7 +48,7 @@ def work(data: ChatDataModule, module: Any, trainer: Any, evaluation: Any, batch
         batches = math.ceil(per_process / data.batch_size)
     limit = trainer.limit_train_batches
     if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else max(1, int(batches * limit))
+        batches = min(batches, int(limit)) if isinstance(limit, int) or limit > 1 else max(1, int(batches * limit))
     per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     epochs = trainer.max_epochs if trainer.max_epochs is not None else TRAINERS_EPOCHS
     steps = per_epoch * epochs if epochs != -1 else 0
