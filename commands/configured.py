@@ -25,8 +25,8 @@ class Configured(SuiteCLI):
     @override
     def instantiate_classes(self) -> None:
         self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        built = self.config_init[self.subcommand]
+        self.datamodule, self.model = built.get("data"), built.get("model")
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
