@@ -17,7 +17,9 @@ from datamodules.chat import load_tokenizer
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
 from lightning_modules.forward.capabilities import capabilities
 from lightning_modules.forward.completions import completion_tokens, sequence_scores
-from lightning_modules.generation.decoders import decodes
+from lightning_modules.generation import decoders
+from lightning_modules.generation.decoders import TransformersDecoder, copied_bytes, decodes
+from lightning_modules.generation.family_decoder import FamilyDecoder
 from lightning_modules.generation.sampler import sample_completions
 from lightning_modules.models.adapter_files import LoraOptions, save_adapter
 from lightning_modules.models.adapters import add_adapter, at_start, halve_frozen, merged_state, merged_weight
@@ -142,6 +144,36 @@ def test_the_own_decode_step_samples_what_peft_and_transformers_do(tiny_model_di
         )
         ours = samples.tokens.input_ids[row][samples.tokens.completion_mask[row]]
         assert ours.tolist() == generated[0, len(prompt) :].tolist()
+
+
+def test_without_room_for_merged_copies_sampling_goes_another_way_to_the_same_tokens(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny_model_dir)
+    config: Any = model.config
+    widths = [config.hidden_size] * 2 + [config.hidden_size // config.num_attention_heads] * 2  # q o, k v
+    one_layer = config.hidden_size * (sum(widths) + 3 * config.intermediate_size)
+    numbers = config.num_hidden_layers * one_layer
+    assert copied_bytes(model) == 4 * numbers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert copied_bytes(model) == 2 * (numbers + config.vocab_size * config.hidden_size)
+    assert copied_bytes(plain(tiny_model_dir)) == 0
+    limits = {"samples_per_prompt": 1, "max_completion_length": 6}
+    prompt = [torch.tensor([5, 6, 7])]
+
+    def greedy() -> list[int]:
+        options: dict[str, Any] = {"stop_token_ids": [], "seeds": [1], "temperature": 0.0}
+        ids: list[int] = sample_completions(model, prompt, **limits, **options).tokens.input_ids[0].tolist()
+        return ids
+
+    expected = greedy()
+    monkeypatch.setattr(decoders, "free_bytes", lambda _: float(4 * numbers))
+    assert isinstance(decoders.decoder(model, prompt, **limits), FamilyDecoder)
+    monkeypatch.setattr(decoders, "free_bytes", lambda _: 4.0 * numbers - 1)
+    with pytest.warns(UserWarning, match="sampling goes through transformers' forward"):
+        assert isinstance(decoders.decoder(model, prompt, **limits), TransformersDecoder)
+    with pytest.warns(UserWarning, match="a smaller data.batch_size makes room"):
+        assert greedy() == expected
 
 
 def test_merging_leaves_the_weights_as_they_are(tiny_model_dir: Path) -> None:

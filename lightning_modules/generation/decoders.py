@@ -1,15 +1,17 @@
 """How a model completes prompts: its own decode step where the architecture is known, else transformers' forward."""
 
+import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from lightning_modules.forward.completions import position_ids
-from lightning_modules.generation.family_decoder import FamilyDecoder
+from lightning_modules.generation.family_decoder import FamilyDecoder, compute_dtype
 from lightning_modules.models.adapters import merges
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -39,23 +41,22 @@ def decodes(model: PreTrainedModel) -> bool:
     rope = config.rope_parameters
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     windowed = isinstance(model, MistralForCausalLM) and config.sliding_window is not None
-    linears = [
-        module
-        for layer in model.model.layers
-        for part in (layer.self_attn, layer.mlp)
-        for name, module in part.named_children()
-        if name.endswith("_proj")
-    ]
     return (
         rope["rope_type"] in FIXED_ROTATIONS
         and rope.get("partial_rotary_factor", 1.0) == 1.0
         and set(kinds) == {"full_attention"}
         and not windowed
-        and all(merges(linear) for linear in linears)  # no quantisation
+        and all(merges(linear) for linear in _projections(model))  # no quantisation
         and type(model.lm_head) is nn.Linear
         and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
         and {parameter.device for parameter in model.parameters()} == {model.device}
     )
+
+
+def _projections(model: Any) -> list[Any]:
+    """The linear layers of the body."""
+    parts = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+    return [module for part in parts for name, module in part.named_children() if name.endswith("_proj")]
 
 
 def decoder(
@@ -66,11 +67,39 @@ def decoder(
     max_completion_length: int,
 ) -> Decoder:
     """The fastest decoder that computes what the model computes."""
-    if decodes(model):
+    if decodes(model) and has_room(model):
         return FamilyDecoder(
             model, prompt_ids, samples_per_prompt=samples_per_prompt, max_completion_length=max_completion_length
         )
     return TransformersDecoder(model, prompt_ids, samples_per_prompt=samples_per_prompt)
+
+
+def has_room(model: PreTrainedModel) -> bool:
+    """Whether the GPU has room for the decoder's own weights, where it needs any; a CPU's memory is not looked at."""
+    needed, free = copied_bytes(model), free_bytes(model.device)
+    if needed <= free:
+        return True
+    rank_zero_warn(
+        f"sampling goes through transformers' forward, which is slower: the decoder's own weights would take "
+        f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; a smaller data.batch_size makes room"
+    )
+    return False
+
+
+def copied_bytes(model: Any) -> int:
+    """What :func:`lightning_modules.generation.projections.projection` makes of the weights: copies, or nothing."""
+    dtype = compute_dtype(model)
+    linears = [*_projections(model), model.lm_head]
+    copied = [layer for layer in linears if hasattr(layer, "lora_A") or layer.weight.dtype != dtype]
+    return int(sum(layer.weight.numel() for layer in copied)) * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a tensor may still take on a GPU, the allocator's own reserve included; no limit elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + reserve)
 
 
 class TransformersDecoder:

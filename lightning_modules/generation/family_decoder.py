@@ -60,7 +60,7 @@ class FamilyDecoder:
         self.model = model
         self.prompt_ids = prompt_ids
         self.samples_per_prompt = samples_per_prompt
-        self.dtype = _compute_dtype(model)
+        self.dtype = compute_dtype(model)
         lengths = torch.tensor([len(prompt) for prompt in prompt_ids]).repeat_interleave(samples_per_prompt)
         self.longest = int(lengths.max())
         self.positions = lengths.to(device)
@@ -219,7 +219,7 @@ def _rotation(model: PreTrainedModel, capacity: int) -> tuple[Float[Tensor, "tim
     return cos[0], torch.cat([-first, second], dim=-1)
 
 
-def _compute_dtype(model: PreTrainedModel) -> torch.dtype:
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     """What the linear layers of a training forward would compute in here and now."""
     kind = model.device.type
     dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
