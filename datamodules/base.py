@@ -27,6 +27,7 @@ from datamodules.encoding import (
     rows_digest,
 )
 from datamodules.formats import Reader, Task
+from datamodules.length_groups import LengthGroupedSampler
 from datamodules.position import BEGINNING, ResumableSampler
 from datamodules.shards import ShardSampler
 from datamodules.source import load_rows
@@ -62,6 +63,8 @@ class ChatDataModule(LightningDataModule):
         tokens_per_batch: Fill batches to this many tokens in the place of ``batch_size`` rows. This is what others
             call packing: rows of all lengths lie one after the other without padding, filled by best fit, and here
             none attends to another and none is cut. A pair counts its prompt once. Not for prompts.
+        length_grouping: Have batches hold rows of about the same length. It pays for models whose batches are padded, as
+            is said when they are first run; others waste nothing in any case. Not with ``tokens_per_batch``.
         decontaminate: Leave out training rows whose prompt is a held-out one too. They are counted in any case; case,
             spaces and the system's turn make no difference.
     """
@@ -84,6 +87,7 @@ class ChatDataModule(LightningDataModule):
         seed: int = 42,
         chat_template: str | None = None,
         tokens_per_batch: int | None = None,
+        length_grouping: bool = False,
         decontaminate: bool = False,
     ) -> None:
         super().__init__()
@@ -97,6 +101,7 @@ class ChatDataModule(LightningDataModule):
         self.seed = seed
         self.chat_template = chat_template
         self.tokens_per_batch = tokens_per_batch
+        self.length_grouping = length_grouping
         self.decontaminate = decontaminate
         self.dropped: dict[str, Counter[str]] = {}
         self.start = BEGINNING
@@ -129,6 +134,11 @@ class ChatDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"data.tokens_per_batch must be at least data.max_length ({self.max_length}), and is for conversations "
                 f"and preferences; got {budget} for {self.task}"
+            )
+
+        if self.length_grouping and budget is not None:
+            raise ConfigurationError(
+                "data.length_grouping is for batches of data.batch_size rows; unset it, or data.tokens_per_batch"
             )
 
     @override
@@ -204,7 +214,7 @@ class ChatDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        if self.tokens_per_batch is not None:
+        if self.tokens_per_batch is not None or self.length_grouping:
             self.refuse_overfitting()
         rows = self._splits[self.train_split]
         sampler: ResumableSampler
@@ -213,8 +223,12 @@ class ChatDataModule(LightningDataModule):
                 row_lengths(rows), *self._ranks(), budget=self.tokens_per_batch, seed=self.seed, start=self.start
             )
         else:
-            sampler = ResumableSampler(
-                rows, *self._ranks(), rows_per_batch=self.batch_size, seed=self.seed, start=self.start
+            options: dict[str, Any] = {"rows_per_batch": self.batch_size, "seed": self.seed, "start": self.start}
+            grouped = self.length_grouping
+            sampler = (
+                LengthGroupedSampler(row_lengths(rows), *self._ranks(), **options)
+                if grouped
+                else ResumableSampler(rows, *self._ranks(), **options)
             )
         return self._loader(rows, sampler, in_lists=self.tokens_per_batch is not None)
 
@@ -222,7 +236,8 @@ class ChatDataModule(LightningDataModule):
         """Raise a ConfigurationError for Lightning's ``overfit_batches``, which would replace the sampler."""
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             raise ConfigurationError(
-                "trainer.overfit_batches takes batches of data.batch_size of one dataset; unset data.tokens_per_batch"
+                "trainer.overfit_batches takes batches of data.batch_size of one dataset; unset data.tokens_per_batch "
+                "and data.length_grouping"
             )
 
     @override

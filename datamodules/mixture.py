@@ -23,7 +23,16 @@ from datamodules.shards import ShardSampler
 from datamodules.splits import decontaminated, kept
 from datamodules.token_budget import best_fit, to_number
 
-SHARED = ("batch_size", "max_length", "num_workers", "seed", "chat_template", "tokens_per_batch", "decontaminate")
+SHARED = (
+    "batch_size",
+    "max_length",
+    "num_workers",
+    "seed",
+    "chat_template",
+    "tokens_per_batch",
+    "length_grouping",
+    "decontaminate",
+)
 """Options that are the mixture's alone."""
 USABLE = re.compile(r"[A-Za-z0-9_-]+")
 
