@@ -63,8 +63,8 @@ class ChatDataModule(LightningDataModule):
         tokens_per_batch: Fill batches to this many tokens in the place of ``batch_size`` rows. This is what others
             call packing: rows of all lengths lie one after the other without padding, filled by best fit, and here
             none attends to another and none is cut. A pair counts its prompt once. Not for prompts.
-        length_grouping: Have batches hold rows of about the same length. It pays for models whose batches are padded, as
-            is said when they are first run; others waste nothing in any case. Not with ``tokens_per_batch``.
+        length_grouping: Have batches hold rows of about the same length. It pays for models whose batches are padded,
+            as is said when they are first run; others waste nothing in any case. Not with ``tokens_per_batch``.
         decontaminate: Leave out training rows whose prompt is a held-out one too. They are counted in any case; case,
             spaces and the system's turn make no difference.
     """

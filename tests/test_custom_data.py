@@ -438,9 +438,9 @@ METHODS = {"SFTModule": "conversations", "DPOModule": "preferences", "RLOOModule
 @pytest.mark.parametrize(
     ("form", "method"),
     [
-        *((form, "SFTModule") for form in (*AS_CONVERSATION, "text")),
-        *((form, "DPOModule") for form in AS_PAIR),
-        *((form, "RLOOModule") for form in ("ShareGPT", "transcripts", "prompt")),
+        *((form, "SFTModule") for form in ("Alpaca", "ShareGPT", "text")),
+        *((form, "DPOModule") for form in ("beside its prompt, text", "transcripts")),
+        *((form, "RLOOModule") for form in ("prompt", "beside its prompt, messages")),
         ("prompt", "SFTModule"),
         ("text", "RLOOModule"),
     ],
