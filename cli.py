@@ -2,9 +2,11 @@
 
 import os
 import sys
+import tomllib
 import traceback
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse 5 will drop
 
@@ -44,7 +46,8 @@ options of fit, validate and inspect that matter most (any option of a config ca
   --overwrite true                       start over in a folder that holds a run
   --print_config                         show every option as it would be used, and stop
 
-`python cli.py COMMAND --help` says this; `python cli.py fit --help-all` lists every option.
+`python cli.py fit --help` says this, `fit --help-all` lists every option; other commands have their own --help.
+`python cli.py --version` says which this is.
 An error is one line; --debug anywhere shows where it came from. Keys come from the environment alone:
 NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 """
@@ -63,6 +66,10 @@ def main(arguments: list[str]) -> int:
         print(HELP)
         return 0
     command, *rest = arguments
+    if command == "--version":
+        project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text("utf-8"))["project"]
+        print(f"{project['name']} {project['version']}")
+        return 0
     if command in ("fit", "validate"):
         if "-h" in rest or "--help" in rest:
             print(HELP)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,11 @@ def test_a_wrong_option_is_told_in_a_line_or_two(
     method: str, changes: dict[str, Any], message: str, config: Any, cli: Cli
 ) -> None:
     assert_refused(cli("fit", "--config", config(method, **changes)), message)
+
+
+def test_the_version_is_the_project_s(cli: Cli) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cli("--version").stdout == f"{project['name']} {project['version']}\n"
 
 
 def test_help_names_the_commands_and_unknown_ones_are_refused(cli: Cli) -> None:
