@@ -80,6 +80,10 @@ def main(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: no command {command!r}; {hint}", file=sys.stderr)
         return 2
+    if command not in ("fit", "validate", "serve-reward"):
+        from commands.options import check
+
+        check(command, rest)
     if command in ("fit", "validate"):
         rest = [command, *rest]
     sys.argv = [sys.argv[0], *rest]  # what the parsers read, and what DDP starts its other processes with

@@ -1,6 +1,5 @@
 """``chat``: talk with a model in the terminal, or with two side by side, and have a reward score what they say."""
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from commands.options import Options
+from commands import options
 from commands.parsing import restrict
 from commands.quiet import quieten
 from core.errors import ConfigurationError
@@ -26,26 +25,13 @@ from lightning_modules.models.loading import load_causal_lm, load_config
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.base import checked_scores
 
-COMMANDS = """/system TEXT     give a system's turn, and begin anew (without TEXT: none)
-/reset           begin anew
-/temperature X   0 for the likeliest token each time
-/exit            leave; Ctrl-D too. Ctrl-C ends an answer"""
 UNFINISHED = "�"
 """What a decoder writes for the first bytes of a letter."""
 
 
 def run() -> None:
     """Parse the command line and talk."""
-    told = "Talk with a model, or with two side by side; piped input is answered line by line."
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = Options("cli.py chat", description=told, epilog=COMMANDS, formatter_class=as_it_is)
-    parser.add_argument("models", nargs="+", metavar="DIR", help="a model's directory, a run's folder, or a hub id")
-    parser.add_argument("--reward", help="score each answer: a reward model's directory, or an import path")
-    parser.add_argument("--system", help="the system's turn")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 for the likeliest token each time (0.7)")
-    parser.add_argument("--max_completion_length", type=int, default=512, help="tokens of an answer at most (512)")
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling (42)")
-    own = parser.parse_args(sys.argv[1:])
+    own = options.chat().parse_args(sys.argv[1:])
     if len(own.models) > 2:
         raise ConfigurationError(f"chat takes one model or two, got {len(own.models)}")
     if own.max_completion_length < 1:
@@ -170,7 +156,7 @@ class Talk:
             except (ValueError, ConfigurationError):
                 return f"/temperature takes a number from 0, got {rest.strip()!r}"
             return f"temperature {self.settings.temperature:g}"
-        return COMMANDS if name == "/help" else f"no command {name}\n{COMMANDS}"
+        return options.IN_A_TALK if name == "/help" else f"no command {name}\n{options.IN_A_TALK}"
 
     def score(self, speaker: Speaker) -> float | None:
         """What the reward gives to the last answer; None without one."""

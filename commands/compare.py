@@ -1,12 +1,14 @@
 """``compare``: runs side by side, as tables, ``summary.json``, a self-contained ``report.html`` and a W&B run."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from callbacks.logging.tracking import environment_mode
+from commands import options
 from commands.comparison.pairwise import pairwise
 from commands.comparison.report import render_report
 from commands.comparison.run_files import Reader
@@ -14,7 +16,6 @@ from commands.comparison.runs import Run, differences, read_runs
 from commands.comparison.tables import headline_table, pairwise_table
 from commands.comparison.tracking import track
 from commands.comparison.verdicts import verdicts
-from commands.parsing import Parser
 from core.errors import ConfigurationError
 from core.files import check_writable, without_nan, write_whole
 from core.text import printable
@@ -26,14 +27,8 @@ Mode = Literal["online", "offline", "disabled"]
 
 def run() -> None:
     """Parse the command line and compare."""
-    parser = Parser(prog="cli.py compare", description="Put runs side by side.")
-    parser.add_argument("runs", nargs="+", type=str, help="Folders of runs: outputs/sft outputs/dpo outputs/rloo")
-    parser.add_argument("--output", type=str, default="outputs/report", help="Where summary.json and report.html go.")
-    parser.add_argument(
-        "--wandb_mode", type=Mode, default=None, help="Where not given: online where somebody is logged in."
-    )
-    arguments = parser.parse_args()
-    compare([Path(folder) for folder in arguments.runs], Path(arguments.output), wandb_mode=arguments.wandb_mode)
+    arguments = options.compare().parse_args(sys.argv[1:])
+    compare(arguments.runs, arguments.output, wandb_mode=arguments.wandb_mode)
 
 
 def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = None) -> None:

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commands import options
 from commands.explaining import did_you_mean
-from commands.options import Options
 from core.errors import ConfigurationError
 from core.files import write_whole
 from core.plain import loaded_file
@@ -26,12 +26,7 @@ class Ready(NamedTuple):
 
 def run() -> None:
     """Parse the command line; list, or copy."""
-    parser = Options("cli.py configs", description="List the ready configs, or copy one to change it.")
-    actions = parser.add_subparsers(dest="action", parser_class=Options)
-    copy = actions.add_parser("copy", description="Copy a config into the current directory, or to a file.")
-    copy.add_argument("name", help="as it is listed: sft, demo/dpo, adapters/lora")
-    copy.add_argument("target", nargs="?", type=Path, help="a file; NAME.yaml where not given")
-    own = parser.parse_args(sys.argv[1:])
+    own = options.configs().parse_args(sys.argv[1:])
     if own.action == "copy":
         target = copy_config(own.name, own.target)
         print(f"{shown(str(target))}: change it, then python cli.py fit --config {shown(str(target))}")

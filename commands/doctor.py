@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from commands.options import Options
+from commands import options
 from core.errors import ConfigurationError
 from core.plain import loaded_file
 from core.text import printable
@@ -36,13 +36,7 @@ class Finding(NamedTuple):
 
 def run() -> None:
     """Parse the command line, look, and end with exit code 1 where a run would fail."""
-    parser = Options("cli.py doctor", description="What this machine is good for, and what contradicts itself.")
-    parser.add_argument(
-        "--config", action="append", default=[], help="compare SLURM's and torchrun's variables with it"
-    )
-    parser.add_argument("--processes", type=int, default=0, help="try an all-reduce among so many processes")
-    parser.add_argument("--offline", action="store_true", help="do not try to reach W&B, the hub and the judge")
-    own = parser.parse_args(sys.argv[1:])
+    own = options.doctor().parse_args(sys.argv[1:])
     if own.processes < 0 or own.processes == 1:
         raise ConfigurationError(f"--processes must be at least 2, got {own.processes}")
     trainer = trainer_options(own.config)

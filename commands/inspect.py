@@ -7,14 +7,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
+from commands import options
 from commands.configured import configured
 from commands.inspection.examine import Examined, Piece, chosen_splits, examine
-from commands.options import OF_A_CONFIG, Options
 from core.errors import ConfigurationError
 from core.files import check_writable, write_whole
 from core.text import shown
 
-MOST_ROWS = 1_000
 STYLES = {"given": "dim", "learned": "bold green", "chosen": "bold green", "rejected": "red"}
 MARKS = {"given": ("", ""), "learned": ("{+", "+}"), "chosen": ("{+", "+}"), "rejected": ("[-", "-]")}
 """What stands around a piece where there are no colours, as in a word diff."""
@@ -23,14 +22,7 @@ MARK = "<title>Rows as the model meets them"
 
 def run() -> None:
     """Parse the command line and show."""
-    told = "Rows as the model meets them; what is learned is green, a rejected answer red."
-    parser = Options("cli.py inspect", description=told, epilog=OF_A_CONFIG)
-    parser.add_argument("--rows", type=int, default=3, help="rows shown of each split (3)")
-    parser.add_argument("--split", default="both", help="train, validation or both")
-    parser.add_argument("--examined", type=int, default=MOST_ROWS, help=f"rows looked at of each split ({MOST_ROWS:,})")
-    parser.add_argument("--ids", action="store_true", help="token ids too")
-    parser.add_argument("--output", type=Path, help="write a page that stands alone, instead")
-    own, rest = parser.parse_known_args(sys.argv[1:])
+    own, rest = options.inspect().parse_known_args(sys.argv[1:])
     for name in ("rows", "examined"):
         if getattr(own, name) < 1:
             raise ConfigurationError(f"--{name} must be at least 1, got {getattr(own, name)}")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from commands import options
 from commands.configured import Configured, configured
-from commands.options import OF_A_CONFIG, Options
 from commands.planning.memory import peak
 from commands.planning.plan import Plan, device_of, planned
 from commands.planning.work import disk_bytes
@@ -24,11 +24,7 @@ SPARE = 0.92
 
 def run() -> None:
     """Parse the command line and print the plan; exit code 1 where it does not fit."""
-    told = "What a run will take, before a weight is loaded: memory by part, steps, tokens, calls, disk."
-    parser = Options("cli.py plan", description=told, epilog=OF_A_CONFIG)
-    parser.add_argument("--memory", type=float, metavar="GB", help="of the GPU to plan for, where it is not at hand")
-    parser.add_argument("--json", action="store_true", help="the figures in JSON")
-    own, rest = parser.parse_known_args(sys.argv[1:])
+    own, rest = options.plan().parse_known_args(sys.argv[1:])
     if own.memory is not None and not own.memory > 0:
         raise ConfigurationError(f"--memory must be positive, got {own.memory}")
     settings = configured(rest)

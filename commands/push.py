@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from callbacks.evaluation.result import EvaluationResult
 from callbacks.hugging_face_export import ADAPTER, is_export
+from commands import options
 from commands.comparison.runs import Run, read_run
-from commands.options import Options
 from core.errors import ConfigurationError
 from core.plain import loaded_file
 from core.secrets import redact
@@ -37,13 +37,7 @@ class Upload(NamedTuple):
 
 def run() -> None:
     """Parse the command line, show, ask, and upload."""
-    parser = Options("cli.py push", description="Upload a run's model or adapter to the hub; the key is HF_TOKEN's.")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a run's folder, its final/ or its adapter/")
-    parser.add_argument("repo", help="user/name on the hub")
-    parser.add_argument("--adapter", action="store_true", help="of a run's folder the adapter, not the merged model")
-    parser.add_argument("--public", action="store_true", help="for everybody to see; private otherwise")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    own = parser.parse_args(sys.argv[1:])
+    own = options.push().parse_args(sys.argv[1:])
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise ConfigurationError("push needs a key of the hub that may write: set HF_TOKEN in the environment")

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from commands.options import PARSERS
 from tests.command_line import Cli, assert_refused
 from tests.evaluation_run import read
 from tests.reward_server import Asked, Reply, RewardServer, text_reply
@@ -81,6 +82,26 @@ def test_a_wrong_option_is_told_in_a_line_or_two(
     method: str, changes: dict[str, Any], message: str, config: Any, cli: Cli
 ) -> None:
     assert_refused(cli("fit", "--config", config(method, **changes)), message)
+
+
+@pytest.mark.parametrize("command", sorted(PARSERS))
+def test_help_and_wrong_options_of_a_command_are_told_before_anything_large_is_imported(command: str) -> None:
+    code = (
+        "import sys, cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as ended: print('torch' in sys.modules, ended.code)"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", code, command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert asked.stdout.startswith(f"usage: cli.py {command} ")
+    assert asked.stdout.endswith("False 0\n")
+    wrong = {"inspect": ["--rows", "x"], "plan": ["--memory", "x"]}.get(command, ["--no-such-option"])
+    told = subprocess.run(
+        [sys.executable, "-c", code, command, *wrong], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert told.stderr.startswith("error: ")
+    assert told.stdout == "False 2\n"
 
 
 def test_the_version_is_the_project_s(cli: Cli) -> None:
