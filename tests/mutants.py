@@ -50,6 +50,8 @@ DATA, BOUNDARY, EXPORT = (
 )
 FOLDER, KEYS, CHAT = "commands/run_folder.py", "lightning_modules/rewards/keys.py", "datamodules/chat.py"
 
+FORMATS, MIXTURE, CUSTOM = "datamodules/formats.py", "datamodules/mixture.py", "tests/test_custom_data.py"
+
 PLANTED = [
     Mutant(IO, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
     Mutant(
@@ -143,8 +145,8 @@ PLANTED = [
     ),
     Mutant(
         DATA,
-        "rows_per_batch=self.batch_size, seed=self.seed,",
-        "rows_per_batch=self.batch_size,",
+        '"rows_per_batch": self.batch_size, "seed": self.seed,',
+        '"rows_per_batch": self.batch_size,',
         "tests/test_datamodules.py -k order",
     ),
     Mutant(
@@ -648,6 +650,34 @@ OWN = [
         "letter if True else letter.encode",
         "tests/test_broken_runs.py -k markup",
     ),
+    Mutant(FORMATS, 'return [*prompt, *side] if first == "assistant" else side', "return side", CUSTOM),
+    Mutant(
+        FORMATS,
+        'filter(None, (as_text(row[name]) for name in ("instruction", "input")',
+        'filter(None, (as_text(row[name]) for name in ("instruction",)',
+        CUSTOM,
+    ),
+    Mutant(FORMATS, 'prompt = re.sub(r"\\S*$", "", common).rstrip()', "prompt = common", CUSTOM),
+    Mutant("datamodules/splits.py", "np.flatnonzero(~shared)", "np.flatnonzero(shared)", CUSTOM),
+    Mutant("datamodules/encoding.py", "[False] + [True] * (len(piece) - 1)", "[True] * len(piece)", CUSTOM),
+    Mutant("datamodules/custom.py", "held_out=held_out, seed=self.split_seed", "held_out=held_out", CUSTOM),
+    Mutant("datamodules/chat_template.py", "(calls and not known.calls) or", "", CUSTOM),
+    Mutant(MIXTURE, "_order(size, seed, epoch, part, turn)", "_order(size, seed, part, turn)", "tests/test_mixture.py"),
+    Mutant(MIXTURE, "batches[rank::world_size]]", "batches]", "tests/shards.py tests/test_mixture.py"),
+    Mutant(
+        MIXTURE,
+        "lambda name: counts[name] - exact[name]",
+        "lambda name: exact[name] - counts[name]",
+        "tests/test_mixture.py",
+    ),
+    Mutant(
+        "datamodules/length_groups.py",
+        "whole = len(order) // step * step",
+        "whole = len(order)",
+        "tests/test_length_groups.py",
+    ),
+    Mutant("commands/planning/trace.py", "self._sizes.pop(key, 0)).times(-1)", "0).times(-1)", "tests/test_plan.py"),
+    Mutant("commands/push.py", "private=not public", "private=public", "tests/test_push.py"),
 ]
 """Defects in what was written since."""
 
