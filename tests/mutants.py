@@ -663,7 +663,7 @@ OWN = [
     Mutant("datamodules/custom.py", "held_out=held_out, seed=self.split_seed", "held_out=held_out", CUSTOM),
     Mutant("datamodules/chat_template.py", "(calls and not known.calls) or", "", CUSTOM),
     Mutant(MIXTURE, "_order(size, seed, epoch, part, turn)", "_order(size, seed, part, turn)", "tests/test_mixture.py"),
-    Mutant(MIXTURE, "batches[rank::world_size]]", "batches]", "tests/shards.py tests/test_mixture.py"),
+    Mutant(MIXTURE, "batches[rank::world_size]]", "batches]", "tests/test_mixture.py"),
     Mutant(
         MIXTURE,
         "lambda name: counts[name] - exact[name]",

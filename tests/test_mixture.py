@@ -117,6 +117,21 @@ def test_batches_of_a_mixture_hold_what_the_parts_hold(tmp_path: Path, tiny_mode
     assert Counter(text.split("user\n")[1][0] for text in texts) == {"a": 16, "b": 16}
 
 
+def test_processes_validate_on_each_row_once_and_know_whose_it_is(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = mixture(tmp_path, tiny_model_dir, {"a": 50, "b": 25}, weights={"a": 1.0, "b": 1.0}, batch_size=3)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(module, "_ranks", lambda rank=rank: (2, rank))
+        for number, batch in enumerate(module.val_dataloader()):
+            texts = [module.tokenizer.decode(ids).split("user\n")[1] for ids in batch.input_ids]
+            assert {text[0] for text in texts} == {module.validation_part(number)}
+            seen += [text.partition("<")[0] for text in texts]
+        assert module.validation_part(99) is None
+    assert len(seen) == len(set(seen)) == 10 + 5
+
+
 @pytest.mark.parametrize(
     ("weights", "told"),
     [
