@@ -71,14 +71,13 @@ class MemoryRecord(Callback):
         if not trainer.is_global_zero or time.monotonic() - self.began < SHORTEST_S:
             return
         measured = self.memory.bytes()
+        file = Path(trainer.default_root_dir) / "environment.json"
         try:
             moment, planned = self.planned()
-        except Exception as error:  # the run is done, whatever a foreign model has against being planned
-            rank_zero_warn(f"environment.json does not say what memory was planned ({told(error)})")
-            return
-        file = Path(trainer.default_root_dir) / "environment.json"
-        found = {"planned": planned, "measured": measured, "moment": moment}
-        write_whole(file, json.dumps(json.loads(file.read_text()) | {"memory": found}, indent=2) + "\n")
+            found = {"planned": planned, "measured": measured, "moment": moment}
+            write_whole(file, json.dumps(json.loads(file.read_text()) | {"memory": found}, indent=2) + "\n")
+        except Exception as error:  # the run is done, whatever a foreign model or a full disk has against this
+            rank_zero_warn(f"{file} does not say what memory was planned and taken ({told(error)})")
 
 
 def environment(trainer: Trainer, model_name: str) -> dict[str, Any]:

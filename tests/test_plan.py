@@ -247,3 +247,14 @@ def test_a_run_says_what_was_planned_and_what_it_took(
     assert (found["memory"]["moment"], found["memory"]["planned"]) == (expected["moment"], expected["bytes"])
     assert found["memory"]["measured"] > 0
     assert found["packages"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_that_fails_costs_a_finished_run_nothing(
+    config: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.run_record.SHORTEST_S", 0.0)
+    monkeypatch.setattr("commands.planning.plan.largest_batch", lambda *_: 1 / 0)
+    assert cli("fit", "--config", config("SFTModule", evaluation={"num_prompts": 0})).returncode == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert "memory" not in json.loads((tmp_path / "run" / "environment.json").read_text())
