@@ -4,11 +4,9 @@ import sys
 
 from typing_extensions import override
 
-from commands.lightning import Parser, SuiteCLI
+from commands.lightning import PARSING, SuiteCLI
 from commands.parsing import check_arguments, refuse_secrets, restrict
 from commands.quiet import quieten
-from datamodules.base import ChatDataModule
-from lightning_modules.base import FineTuningModule
 
 
 class Configured(SuiteCLI):
@@ -44,14 +42,4 @@ def configured(arguments: list[str], *, command: str = "fit") -> Configured:
     restrict()
     check_arguments(arguments)
     sys.argv = [sys.argv[0], command, *arguments]  # which is what LightningCLI wants to read
-    return Configured(
-        FineTuningModule,
-        ChatDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=42,
-        parser_class=Parser,
-        parser_kwargs={"allow_abbrev": False},
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-    )
+    return Configured(**PARSING, save_config_callback=None)

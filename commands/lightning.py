@@ -257,23 +257,26 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+PARSING: dict[str, Any] = {
+    "model_class": FineTuningModule,
+    "datamodule_class": ChatDataModule,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "seed_everything_default": 42,
+    "parser_class": Parser,
+    "parser_kwargs": {"allow_abbrev": False},
+    "auto_configure_optimizers": False,
+}
+"""How every command that takes the options of ``fit`` reads them."""
+
+
 def run() -> None:
     """Run ``fit`` or ``validate``, as the command line says."""
     quieten()
     restrict()
     check_arguments(sys.argv[1:])
     try:
-        SuiteCLI(
-            FineTuningModule,
-            ChatDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=42,
-            parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False},
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            auto_configure_optimizers=False,
-        )
+        save: dict[str, Any] = {"save_config_callback": SaveConfig, "save_config_kwargs": {"save_to_log_dir": False}}
+        SuiteCLI(**PARSING, **save)
     finally:
         give_up_locks()
