@@ -1,17 +1,17 @@
 """Writes ``final/``, a Hugging Face model directory that plain transformers and vLLM load, and ``adapter/`` of LoRA."""
 
-import copy
+import functools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -19,12 +19,23 @@ from callbacks.model_card import LINEAGE, lineage, model_card
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 from lightning_modules.models.adapter_files import save_adapter
+from lightning_modules.models.sharding import assembled
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 ADAPTER = "adapter"
 """Where the adapter goes, within the run's folder."""
 TAKEN = {ADAPTER, "cache", "checkpoints", "csv", "eval", "lightning_logs", "wandb"}
 """Names in a run's folder that are something else's."""
+
+
+class Part(NamedTuple):
+    """What an export may consist of."""
+
+    name: str
+    library: str
+    weights: Callable[[FineTuningModule], Iterator[tuple[str, Tensor]]]
+    """Gives them; of a sharded model every process must take them all."""
+    write: Callable[[dict[str, Tensor], FineTuningModule, Path], None]
 
 
 class HuggingFaceExport(Callback):
@@ -55,8 +66,8 @@ class HuggingFaceExport(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, FineTuningModule) and not getattr(trainer, "fast_dev_run", False):
-            for directory, _ in self._parts(pl_module):
-                check_place(Path(trainer.default_root_dir) / directory)
+            for target, _ in self._parts(trainer, pl_module):
+                check_place(target)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,17 +78,25 @@ class HuggingFaceExport(Callback):
                 "no step was taken, so no model is exported; raise trainer.max_steps, max_epochs or limit_train_batches"
             )
             return
-        if trainer.is_global_zero:
-            for directory, write in self._parts(pl_module):
-                target = Path(trainer.default_root_dir) / directory
-                write_export(trainer, pl_module, target, write)
-                rank_zero_info(f"exported the {'model' if write is export else 'adapter'} to {target}")
+        for target, part in self._parts(trainer, pl_module):
+            weights = on_first(trainer, pl_module, part.weights(pl_module))
+            if trainer.is_global_zero:
+                write_export(trainer, pl_module, target, functools.partial(part.write, weights), library=part.library)
+                rank_zero_info(f"exported the {part.name} to {target}")
         trainer.strategy.barrier("export")
 
-    def _parts(self, module: FineTuningModule) -> list[tuple[str, Callable[[FineTuningModule, Path], None]]]:
-        """The directories to write, and what writes each."""
-        whole = [(self.directory, export)] if self.merged or module.lora is None else []
-        return [*whole, *([(ADAPTER, export_adapter)] if module.lora is not None else [])]
+    def _parts(self, trainer: Trainer, module: FineTuningModule) -> list[tuple[Path, Part]]:
+        """The directories to write, and what each is to hold."""
+        root = Path(trainer.default_root_dir)
+        whole = [(root / self.directory, MODEL)] if self.merged or module.lora is None else []
+        return [*whole, *([(root / ADAPTER, ADAPTER_PART)] if module.lora is not None else [])]
+
+
+def on_first(trainer: Trainer, module: FineTuningModule, weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights on the first process; of a sharded model the others have their part in it."""
+    if module.sharding is None:
+        return dict(weights) if trainer.is_global_zero else {}
+    return {name: weight.cpu() for name, weight in weights if trainer.is_global_zero}
 
 
 def check_place(target: Path) -> None:
@@ -103,9 +122,21 @@ def beside(target: Path) -> tuple[Path, Path]:
 
 
 def write_export(
-    trainer: Trainer, module: FineTuningModule, target: Path, write: Callable[[FineTuningModule, Path], None]
+    trainer: Trainer,
+    module: FineTuningModule,
+    target: Path,
+    write: Callable[[FineTuningModule, Path], None],
+    *,
+    library: str,
 ) -> None:
     """Export a model or adapter in full or not at all.
+
+    Args:
+        trainer: Of the run.
+        module: What was trained.
+        target: Where to.
+        write: Writes the weights, and what goes with them, into a directory.
+        library: That loads it, for the card.
 
     Raises:
         ConfigurationError: If the place is taken by something else or the disk is full; what was there stays.
@@ -118,7 +149,6 @@ def write_export(
         partial.mkdir(parents=True)
         (partial / LINEAGE).write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
         write(module, partial)
-        library = "peft" if write is export_adapter else "transformers"
         (partial / "README.md").write_text(model_card(trainer, module, history, library=library), encoding="utf-8")
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -136,7 +166,7 @@ def write_export(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def export(module: FineTuningModule, directory: Path) -> None:
+def write_model(weights: dict[str, Tensor], module: FineTuningModule, directory: Path) -> None:
     """Save the model so that generation stops where a turn ends."""
     model: PreTrainedModel = module.model
     tokenizer: PreTrainedTokenizerBase = module.tokenizer
@@ -146,25 +176,17 @@ def export(module: FineTuningModule, directory: Path) -> None:
         model.generation_config = GenerationConfig(**settings)
     model.config.eos_token_id = stops[0]
     model.config.pad_token_id = tokenizer.pad_token_id
-    (model if module.lora is None else merged_model(module)).save_pretrained(directory)
+    plain = module.lora is None and module.sharding is None
+    (model if plain else assembled(model, weights)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def merged_model(module: FineTuningModule) -> PreTrainedModel:
-    """The model with its adapter in its weights, beside the one that trains, which stays as it is."""
-    config = copy.deepcopy(module.model.config)
-    config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        merged = type(module.model)(config)
-    merged.load_state_dict(module.exported_state(), assign=True)
-    merged.tie_weights()
-    if module.can_generate:
-        merged.generation_config = module.model.generation_config
-    return merged
-
-
-def export_adapter(module: FineTuningModule, directory: Path) -> None:
+def write_adapter(weights: dict[str, Tensor], module: FineTuningModule, directory: Path) -> None:
     """Save the adapter, with the tokenizer and template that it was trained with."""
     assert module.lora is not None
-    save_adapter(module.model, module.lora, directory, base=module.loaded_name)
+    save_adapter(module.model, module.lora, directory, base=module.loaded_name, trained=weights)
     module.tokenizer.save_pretrained(directory)
+
+
+MODEL = Part("model", "transformers", FineTuningModule.exported_weights, write_model)
+ADAPTER_PART = Part("adapter", "peft", FineTuningModule.trained_weights, write_adapter)

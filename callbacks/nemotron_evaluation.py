@@ -227,7 +227,7 @@ class NemotronEvaluation(Callback):
                 reward_source=reward_name(self.reward),
                 reference=self.reference_model or module.model_name,
                 model=judged(trainer, module),
-                model_digest=tensors_digest(module.exported_state().values()),
+                model_digest=tensors_digest(weight for _, weight in module.exported_weights()),
                 max_failed_share=self.max_failed_share,
             )
         self._ranks.gather(lambda: tell(trainer, found, directory) if trainer.is_global_zero else None)

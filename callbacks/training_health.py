@@ -12,6 +12,7 @@ from typing_extensions import override
 from callbacks.lightning_internals import at_step_boundary
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
+from lightning_modules.models.parts import whole
 
 WINDOW = 10
 """Steps that a metric's mean is taken over before it is held against its bound."""
@@ -145,7 +146,7 @@ class TrainingHealth(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         weights = [parameter.detach() for parameter in pl_module.parameters() if parameter.is_floating_point()]
-        if weights and not torch.nn.utils.get_total_norm(weights, torch.inf).isfinite():
+        if weights and not whole(torch.nn.utils.get_total_norm(weights, torch.inf)).isfinite():
             raise ConfigurationError(
                 f"after step {trainer.global_step} the weights are not finite, so no checkpoint is written and the run "
                 "ends; lower model.learning_rate or set trainer.gradient_clip_val, then go on with --ckpt_path last"

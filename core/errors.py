@@ -5,5 +5,9 @@ class ConfigurationError(Exception):
     """Names what is wrong, the value received and the option to change; ``cli.py`` prints it without a traceback."""
 
 
+class NotWrittenError(ConfigurationError):
+    """The disk took no checkpoint; the one before it is as it was."""
+
+
 class ProcessError(RuntimeError):
     """Another process of the run failed, and says why itself; ``cli.py`` prints one line."""

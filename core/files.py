@@ -48,6 +48,15 @@ def new_file(path: Path, mode: int = SHARED) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode)
 
 
+def sync_directory(directory: Path) -> None:
+    """Make a rename within it last through a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(directory: Path, *, option: str) -> None:
     """Make the directory, and raise a ConfigurationError that names the option where it cannot be written into."""
     try:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,9 +14,10 @@ from typing_extensions import override
 
 from core.errors import ConfigurationError
 from lightning_modules.models.adapter_files import LoraOptions, base_of
-from lightning_modules.models.adapters import add_adapter, halve_frozen, merged_state
+from lightning_modules.models.adapters import add_adapter, halve_frozen, merged_weights
 from lightning_modules.models.identity import tensors_digest
 from lightning_modules.models.loading import Quantization, load_config
+from lightning_modules.models.parts import whole
 
 
 class AdaptedModule(LightningModule):
@@ -63,15 +65,21 @@ class AdaptedModule(LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in state.items() if name in trained}
 
-    def exported_state(self) -> dict[str, Tensor]:
-        """The weights as ``final/`` holds them: an adapter is merged in float32, then all have the base's own dtype."""
-        if self.lora is None:
-            return dict(self.model.state_dict())
-        cast: dict[int, Tensor] = {}  # weights that are tied stay so
-        state = merged_state(self.model)
-        for value in state.values():
-            cast.setdefault(value.data_ptr(), value.to(self.base_dtype) if value.is_floating_point() else value)
-        return {name: cast[value.data_ptr()] for name, value in state.items()}
+    def exported_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as ``final/`` holds them: an adapter is merged in float32, then all have the base's own dtype.
+
+        Those that are tied once. Of a sharded model every process gets them, and must take all.
+        """
+        for name, value in merged_weights(self.model):
+            cast = self.lora is not None and value.is_floating_point()
+            yield name, value.to(self.base_dtype) if cast else value
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that train, by their names in the model; of a sharded model as above."""
+        self.model.state_dict()  # puts a sharded model back into its parts
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, whole(parameter.detach())
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -94,7 +102,8 @@ class AdaptedModule(LightningModule):
                 f"the checkpoint's adapter belongs to other weights than those of {self.model_name}; name the model "
                 "that the run began with in model.model_name"
             )
-        if differing := set(self.state_dict()) ^ set(checkpoint["state_dict"]):
+        saved = checkpoint.get("state_dict") or checkpoint["weights"]  # of a sharded one the names alone are here
+        if differing := set(self.state_dict()) ^ set(saved):
             raise ConfigurationError(f"the checkpoint's adapter is another: only one of the two has {min(differing)}")
 
     @functools.cached_property

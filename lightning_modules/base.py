@@ -24,6 +24,7 @@ from datamodules.formats import Task
 from lightning_modules.adapted import AdaptedModule, global_seed
 from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.loading import Quantization, load_causal_lm, load_config, recompute_activations
+from lightning_modules.models.sharding import Sharding, shard
 from lightning_modules.optimiser_step import OptimiserStep, make_optimizer
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
@@ -128,6 +129,8 @@ class FineTuningModule(AdaptedModule):
             recompute_activations(self.model, adapted=self.lora is not None)
         if self.compile_model:
             self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
+        if self.sharding is not None:
+            shard(self.model, self.sharding)
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)
@@ -136,6 +139,11 @@ class FineTuningModule(AdaptedModule):
         parts = getattr(getattr(self._trainer, "datamodule", None), "part_names", ())
         names += [f"{part}/{name}" for part in parts for name in names]
         self.val_metrics = torch.nn.ModuleDict({name: MeanMetric() for name in names})
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the strategy has the model cut up; None where it is whole on every process."""
+        return getattr(getattr(self._trainer, "strategy", None), "sharding", None)
 
     def validation_metrics(self) -> Sequence[str]:
         """Names of what a validation takes the mean of, logged under ``val/``."""

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from core.errors import ConfigurationError
+from lightning_modules.models.parts import local, whole
 
 
 class OptimiserStep:
@@ -48,8 +49,9 @@ class OptimiserStep:
         factor = averaged / total if total > 0 else torch.zeros_like(total)
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         for gradient in gradients:
-            gradient.mul_(factor.to(gradient))
-        norm = torch.nn.utils.get_total_norm(gradients)
+            part = local(gradient)
+            part.mul_(factor.to(part))
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         flaw = _flaw(total, loss, norm, scaled=scaled)
         for parameter in trained if flaw else ():
             parameter.grad = None

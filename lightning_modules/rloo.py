@@ -36,6 +36,7 @@ from lightning_modules.generation.rollouts import (
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.loading import without_dropout
 from lightning_modules.models.reference import make_reference
+from lightning_modules.models.sharding import gathered
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.preflight import preflight, processes_for, remote_parts
 
@@ -193,15 +194,16 @@ class RLOOModule(FineTuningModule):
 
     def sample(self, batch: PromptBatch, seeds: Sequence[int]) -> Samples:
         """A sample for each seed; those of a prompt are neighbours."""
-        samples: Samples = sample_completions(
-            self.model,
-            batch.prompt_ids,
-            max_completion_length=self.max_completion_length,
-            stop_token_ids=self.stop_token_ids(),
-            seeds=seeds,
-            samples_per_prompt=len(seeds) // len(batch.prompt_ids),
-            temperature=self.temperature,
-        )
+        with gathered(self.model) as model:
+            samples: Samples = sample_completions(
+                model,
+                batch.prompt_ids,
+                max_completion_length=self.max_completion_length,
+                stop_token_ids=self.stop_token_ids(),
+                seeds=seeds,
+                samples_per_prompt=len(seeds) // len(batch.prompt_ids),
+                temperature=self.temperature,
+            )
         return samples
 
     def penalised(self, scores: Float[Tensor, "prompt sample"], samples: Samples) -> Float[Tensor, "prompt sample"]:

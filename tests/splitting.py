@@ -1,6 +1,6 @@
 """The gradients of a run's optimiser steps, under one way of splitting its rows into batches, ranks and layouts.
 
-python -m tests.splitting FOLDER --ranks 2
+python -m tests.splitting FOLDER --ranks 2 [--sharded]
 
 Weights stay as they are, so that steps compare. Samples of RLOO depend on their prompt alone.
 """
@@ -28,6 +28,7 @@ from datamodules.messages import Message
 from lightning_modules.generation.rollouts import seeds_of
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.loading import load_reward_model
+from lightning_modules.models.parts import whole
 from tests.conftest import make_tiny_model
 from tests.forked import start
 from tests.kills import METHODS, talk
@@ -50,7 +51,12 @@ def make_material(directory: Path, *, rows: int = ROWS) -> None:
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
-def command(material: Path, run: Path, method: str, *, ranks: int = 1, accumulate: int = 1, **data: Any) -> list[str]:
+SHARDED = {"class_path": "callbacks.checkpoints.sharded_strategy.ShardedStrategy"}
+
+
+def command(
+    material: Path, run: Path, method: str, *, ranks: int = 1, accumulate: int = 1, sharded: bool = False, **data: Any
+) -> list[str]:
     """A fit of one epoch.
 
     Args:
@@ -59,6 +65,7 @@ def command(material: Path, run: Path, method: str, *, ranks: int = 1, accumulat
         method: The module's name.
         ranks: Processes.
         accumulate: Batches of an optimiser step.
+        sharded: Whether the ranks share one model, and not only its gradients.
         data: Options of the data module.
     """
     model: dict[str, Any] = {"model_name": str(material / "model"), "learning_rate": 1e-30}
@@ -73,7 +80,7 @@ def command(material: Path, run: Path, method: str, *, ranks: int = 1, accumulat
             "default_root_dir": str(run),
             "accelerator": "cpu",
             "devices": ranks,
-            **({"strategy": "ddp"} if ranks > 1 else {}),
+            **({"strategy": SHARDED if sharded else "ddp"} if ranks > 1 or sharded else {}),
             "max_epochs": 1,
             "limit_val_batches": 0,
             "accumulate_grad_batches": accumulate,
@@ -157,7 +164,7 @@ def gradients(arguments: Sequence[str]) -> list[Tensor]:
     found: list[Tensor] = []
 
     def keep(optimizer: Optimizer, *_: Any) -> None:
-        parts = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        parts = [whole(p.grad).flatten() for group in optimizer.param_groups for p in group["params"]]
         found.append(torch.cat(parts).clone())
 
     handle = register_optimizer_step_post_hook(keep)
@@ -174,12 +181,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with the material; the gradients of METHOD go to METHOD.pt there")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
     options = parser.parse_args()
     for method in METHODS:
-        run = options.folder / f"{method}-ranks"
-        arguments = command(
-            options.folder, run, method, ranks=options.ranks, accumulate=2, batch_size=ROWS // options.ranks // 2
-        )
+        run = options.folder / f"{method}-{'shards' if options.sharded else 'ranks'}"
+        split = {"ranks": options.ranks, "sharded": options.sharded, "batch_size": ROWS // options.ranks // 2}
+        arguments = command(options.folder, run, method, accumulate=2, **split)
 
         def save(method: str = method, arguments: Sequence[str] = tuple(arguments)) -> int:
             found = gradients(arguments)

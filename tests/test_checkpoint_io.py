@@ -14,17 +14,16 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from callbacks.checkpoints import checkpoint_io
+from callbacks.checkpoints import checkpoint_io, sharded_checkpoint
 from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoints.checkpoint_io import (
     RESUMABLE,
-    NotWrittenError,
     WholeCheckpointIO,
     newest_usable,
     unusable,
     write_checkpoint,
 )
-from core.errors import ConfigurationError
+from core.errors import ConfigurationError, NotWrittenError
 from tests.command_line import Cli, assert_refused
 
 ROOT = Path(__file__).parents[1]
@@ -293,12 +292,31 @@ def test_a_sharded_checkpoint_s_index_is_read_without_running_it(tmp_path: Path)
             return os.mkdir, (str(tmp_path / "canary"),)
 
     folder = tmp_path / "last.ckpt"
-    distributed_checkpoint.save({"w": torch.ones(3), "n": {"count": 1}}, checkpoint_id=folder, no_dist=True)
-    assert unusable(folder, ()) != ""
-    torch.save({"epoch": 1}, folder / "meta.pt")
+    damaged = "it is not whole, or holds something else than tensors and plain values"
+
+    def saved(**more: Any) -> Path:
+        sharded_checkpoint.make_empty(partial := tmp_path / "last.ckpt.partial")
+        distributed_checkpoint.save({"w": torch.ones(3), **more}, checkpoint_id=partial, no_dist=True)
+        return partial
+
+    saved().rename(folder)
+    assert unusable(folder, ()) == damaged  # a kill came before the list of files
+    sharded_checkpoint.finish(saved(), folder, {"epoch": 1})
     assert unusable(folder, ()) == ""
+    assert list(tmp_path.iterdir()) == [folder]
+    (part,) = folder.glob("*.distcp")
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert unusable(folder, ()) == f"{part.name} in it is damaged"
+    part.write_bytes(content)
+    assert unusable(folder, ()) == ""
+    part.unlink()
+    assert unusable(folder, ()) == damaged
+    sharded_checkpoint.finish(saved(n={"count": 1}), folder, {"epoch": 1})
+    assert unusable(folder, ()) == damaged  # what is no tensor is a pickle that torch loads
+    sharded_checkpoint.finish(saved(), folder, {"epoch": 1})
     (folder / ".metadata").write_bytes(pickle.dumps(Payload()))
-    assert unusable(folder, ()) != ""
+    assert unusable(folder, ()) == damaged
     assert not (tmp_path / "canary").exists()
 
 

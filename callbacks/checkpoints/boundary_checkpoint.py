@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from callbacks.checkpoints.checkpoint_io import NotWrittenError, WholeCheckpointIO
+from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO
 from callbacks.lightning_internals import at_step_boundary, ends_epoch, validation_follows
-from core.errors import ConfigurationError
+from core.errors import ConfigurationError, NotWrittenError
 from core.files import check_writable
 
 LOGGED_ELSEWHERE = ("train/", "eval/", "lr-")

@@ -1,7 +1,6 @@
 """Checkpoint files that are whole or absent, and hold plain data alone."""
 
 import os
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,16 +12,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from core.errors import ConfigurationError
-from core.files import new_file
+from callbacks.checkpoints.sharded_checkpoint import CONTENT, PARTIAL, unusable_shards
+from core.errors import ConfigurationError, NotWrittenError
+from core.files import new_file, sync_directory
 
-PARTIAL = ".partial"
 RESUMABLE = ("state_dict", "loops", "optimizer_states", "pytorch-lightning_version")
 """What training goes on from; a file of weights alone lacks some of them."""
-
-
-class NotWrittenError(ConfigurationError):
-    """The disk took no checkpoint; the one before it is as it was."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -100,15 +95,6 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
         ) from error
 
 
-def sync_directory(directory: Path) -> None:
-    """Make a rename within it last through a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def newest_usable(candidates: list[Path]) -> Path | None:
     """The checkpoint to resume from: the newest that is whole, saying which newer ones are passed over and why.
 
@@ -162,32 +148,8 @@ def unusable(path: Path, keys: tuple[str, ...]) -> str:
     return f"it has no {missing[0]}, so nothing to resume" if missing else ""
 
 
-def unusable_shards(directory: Path) -> str:
-    """Why a sharded checkpoint cannot be used; its index is a pickle, which torch reads without a check of its own."""
-    try:
-        with (directory / ".metadata").open("rb") as file:
-            IndexUnpickler(file).load()
-        torch.load(directory / "meta.pt", map_location="cpu", weights_only=True)
-    except Exception:  # whatever a hostile or foreign file can raise
-        return "it is not whole, or holds something else than tensors and plain values"
-    return ""
-
-
-class IndexUnpickler(pickle.Unpickler):
-    """Builds what the index of a sharded checkpoint consists of, and nothing else."""
-
-    @override
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module.split(".")[0] in ("torch", "pathlib") else None
-        is_record = module.startswith("torch.distributed.checkpoint.") and isinstance(found, type)
-        is_plain = isinstance(found, torch.dtype) or name in ("Size", "_get_layout", "PosixPath")
-        if "." in name or not (is_record or is_plain):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
-        return found
-
-
 def plain_values(path: Path, key: str) -> dict[str, Any]:
     """What a checkpoint holds under a key, without reading its tensors; empty where it has no such key."""
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / CONTENT if path.is_dir() else path
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return dict(content.get(key) or {})

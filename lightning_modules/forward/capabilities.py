@@ -13,6 +13,7 @@ from datamodules.batches import TokenBatch, pad
 from lightning_modules.forward import attention
 from lightning_modules.forward.layout import flatten, model_inputs, position_ids
 from lightning_modules.generation.modes import evaluating
+from lightning_modules.models.sharding import run
 
 
 class Capabilities(NamedTuple):
@@ -75,9 +76,9 @@ def _flat_difference(model: PreTrainedModel) -> float:
     """By how much hidden states of flat rows differ from those of padded ones, relative to their size."""
     batch = _probe(model)
     body: Any = model.base_model
-    padded: Tensor = body(**padded_inputs(batch)).last_hidden_state[batch.attention_mask]
+    padded: Tensor = run(model, body, **padded_inputs(batch)).last_hidden_state[batch.attention_mask]
     laid_flat = flatten(batch, groups=[0, 0, 1])
-    flat: Tensor = body(**model_inputs(laid_flat)).last_hidden_state[0, laid_flat.flat_index]
+    flat: Tensor = run(model, body, **model_inputs(laid_flat)).last_hidden_state[0, laid_flat.flat_index]
     difference = ((flat - padded).float().norm(dim=-1) / padded.float().norm(dim=-1)).max().item()
     return difference if math.isfinite(difference) else math.inf
 
@@ -110,7 +111,8 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
         logits = model(**padded_inputs(batch)).logits
     finally:
         handle.remove()
-    hidden = model.base_model(**padded_inputs(batch)).last_hidden_state
+    body: Any = model.base_model
+    hidden = run(model, body, **padded_inputs(batch)).last_hidden_state
     if len(given) == 1 and torch.equal(logits, given[0]) and torch.allclose(taken[0], hidden, rtol=1e-2, atol=1e-2):
         return True
     rank_zero_info(f"{type(model).__name__}: its logits are more than its output head, so they are computed in full")

@@ -14,6 +14,7 @@ from lightning_modules.forward.layout import flatten, model_inputs
 from lightning_modules.forward.layout import position_ids as position_ids
 from lightning_modules.functional.head import HeadOutput, chunks_of, head_log_probs
 from lightning_modules.functional.log_probs import token_entropy, token_kl, token_log_probs
+from lightning_modules.models.sharding import run
 
 
 class CompletionTokens(NamedTuple):
@@ -62,9 +63,9 @@ def states_at(
     longest = capabilities(model).longest_flat_row
     if longest >= mask.shape[1] or longest >= mask.sum(1).max():
         flat = flatten(batch, groups)
-        states: Tensor = body(**model_inputs(flat)).last_hidden_state[0]
+        states: Tensor = run(model, body, **model_inputs(flat)).last_hidden_state[0]
         return states.index_select(0, flat.flat_index[wanted])
-    states = body(**padded_inputs(batch)).last_hidden_state
+    states = run(model, body, **padded_inputs(batch)).last_hidden_state
     return states.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0][wanted])
 
 

@@ -1,7 +1,7 @@
 """An adapter's options, and its directory: what peft and vLLM load, read and written."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,9 @@ class LoraOptions:
             raise ConfigurationError("model.lora needs the package peft, which is not installed (the extra [lora])")
 
 
-def save_adapter(model: PreTrainedModel, options: LoraOptions, directory: Path, *, base: str) -> None:
+def save_adapter(
+    model: PreTrainedModel, options: LoraOptions, directory: Path, *, base: str, trained: Mapping[str, Tensor]
+) -> None:
     """Write the adapter as peft and vLLM load it, with what else is trained in full.
 
     Args:
@@ -60,11 +62,11 @@ def save_adapter(model: PreTrainedModel, options: LoraOptions, directory: Path, 
         options: Of the adapter.
         directory: Where to.
         base: Hub id or directory of the model that the adapter belongs to.
+        trained: The weights that train, whole, by their names in the model.
     """
     from peft import LoraConfig, TaskType
 
-    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    weights = {PREFIX + name.replace(f".{TRAINED}.", "."): value for name, value in trained.items()}
+    weights = {PREFIX + name.replace(f".{TRAINED}.", "."): value.cpu().contiguous() for name, value in trained.items()}
     in_full = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
     LoraConfig(
         r=options.rank,

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import ConfigurationError
 from lightning_modules.models.adapter_files import TRAINED, LoraOptions, check_same, is_adapter, read_weights
+from lightning_modules.models.parts import whole
 
 REFERENCE = "reference"
 """Name of what the trained adapter was at the start, where that was not zero."""
@@ -110,12 +111,11 @@ def at_start(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def merged_weight(layer: Any) -> Float[Tensor, "out in"]:
     """A linear layer's weight with its active adapter in it; in float32 storage of its own where there is one."""
     if not hasattr(layer, "lora_A"):
-        weight: Tensor = layer.weight.detach()
-        return weight
+        return whole(layer.weight.detach())
     merged = plain_weight(layer.base_layer)
     for name in layer.active_adapters:
         if name in layer.lora_A:
-            a, b = (part[name].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
+            a, b = (whole(part[name].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
             change = layer.scaling[name] * (b @ a)
             merged = merged + (change.T if isinstance(layer.base_layer, Conv1D) else change)
     return merged
@@ -126,7 +126,7 @@ def plain_weight(layer: Any) -> Float[Tensor, "out in"]:
     from peft.utils.integrations import dequantize_module_weight
 
     weight: Tensor = dequantize_module_weight(layer)
-    return weight.detach().float()
+    return whole(weight.detach()).float()
 
 
 def merges(layer: nn.Module) -> bool:
@@ -138,19 +138,28 @@ def merges(layer: nn.Module) -> bool:
     return plain and hasattr(layer, "lora_A") and not any(getattr(layer, "lora_bias", {}).values())
 
 
-def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's weights by the names of a model without an adapter, which is in them."""
-    if not adapted_layers(model):
-        return dict(model.state_dict())
+def merged_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights by the names of a model without an adapter, which is in them; those that are tied once.
+
+    Of a sharded model every process gets each of them whole, one after the other, and must take all.
+
+    Args:
+        model: With an adapter or without.
+        dtype: What to give them in; what they are in where not given, and float32 where there is an adapter in them.
+    """
+    state = model.state_dict()  # which has a sharded model put all of itself back into its parts
+    single = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     modules = dict(model.named_modules())
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         owner, _, last = name.partition(".base_layer.")
-        if not last and ".lora_" not in name:
-            state[name] = value
-        elif last in ("weight", "bias"):  # and not what a quantised weight is told by
-            state[f"{owner}.{last}"] = merged_weight(modules[owner]) if last == "weight" else value
-    return state
+        if name not in single or ".lora_" in name or last not in ("", "weight", "bias"):  # as what a quantised one has
+            continue
+        if last == "weight":
+            found = merged_weight(modules[owner])
+            yield f"{owner}.weight", found if dtype is None else found.to(dtype)
+        else:
+            kept = dtype is None or not value.is_floating_point()
+            yield (f"{owner}.bias" if last else name), whole(value if kept else value.to(dtype))
 
 
 def active_state(model: PreTrainedModel) -> dict[str, Tensor]:

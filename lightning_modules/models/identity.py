@@ -1,4 +1,7 @@
-"""What tells a model from another of the same name: a digest of its content."""
+"""What tells a model from another of the same name: a digest of its content.
+
+Of a sharded model every process computes it, at the same point.
+"""
 
 import hashlib
 import json
@@ -12,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lightning_modules.models.adapter_files import base_of, is_adapter
 from lightning_modules.models.adapters import active_state
+from lightning_modules.models.parts import whole
 
 CONTENT = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 BLOCK = 1 << 22
@@ -49,7 +53,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(active_state(model).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -57,7 +61,7 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """Of weights alone, whatever they are called and in whatever precision they are kept; tied ones count once."""
     digests = set()
     for tensor in tensors:
-        plain = tensor.detach().cpu()
+        plain = whole(tensor.detach()).cpu()
         plain = (plain.float() if plain.is_floating_point() else plain).contiguous()
         digest = hashlib.sha256(str(tuple(plain.shape)).encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_modules.models.adapters import at_start
 from lightning_modules.models.loading import load_causal_lm, without_dropout
+from lightning_modules.models.sharding import shard, sharding_of
 
 
 @runtime_checkable
@@ -24,7 +25,7 @@ class Reference(Protocol):
 
 
 class FrozenReference(Reference):
-    """A model of its own.
+    """A model of its own, sharded as the policy is.
 
     Args:
         load: Gives the model when it is first asked for, and again after it was freed.
@@ -38,9 +39,13 @@ class FrozenReference(Reference):
     @contextmanager
     def beside(self, policy: PreTrainedModel) -> Iterator[PreTrainedModel]:
         with torch.inference_mode(False):  # in a validation its weights would become inference tensors for good
+            sharding = sharding_of(policy)
             if self._model is None:
                 self._model = without_dropout(self._load()).eval().requires_grad_(False)
-            self._model.to(device=policy.device, dtype=policy.dtype)
+                if sharding is not None:
+                    shard(self._model, sharding)
+            if sharding is None:
+                self._model.to(device=policy.device, dtype=policy.dtype)
         yield self._model
 
     @override

@@ -1,0 +1,115 @@
+"""FSDP2 under Lightning: who shares a model's weights, and checkpoints to which every process writes its part."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from callbacks.checkpoints.sharded_checkpoint import read_shards, write_shards
+from core.errors import ConfigurationError
+from lightning_modules.models.sharding import Sharding
+
+COMPUTE = {"32-true": None, "bf16-mixed": torch.bfloat16}
+"""What weights are gathered in, by ``trainer.precision``; they are kept, and stepped, in float32."""
+WEIGHTS, GROUPS = "weights", "param_groups"
+"""Names of the weights, and the optimisers' options, within what all processes have alike."""
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Fully sharded data parallelism: weights, gradients and optimiser are cut up, the data is as under DDP.
+
+    Args:
+        data_parallel_size: Processes that share the weights; ``auto`` for all of them. With fewer, as the GPUs of one
+            machine, each such group has a copy, and gradients are summed over the groups (HSDP).
+        tensor_parallel_size: Processes that share each product; 1, as nothing here is cut up that way.
+        timeout_s: How long a process waits for the others within a collective, in seconds.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise ConfigurationError(
+                f"trainer.strategy.tensor_parallel_size must be 1, got {tensor_parallel_size}: layers are sharded, not "
+                "their products"
+            )
+        if data_parallel_size != "auto" and data_parallel_size < 1:
+            raise ConfigurationError(
+                f"trainer.strategy.data_parallel_size must be positive or auto, got {data_parallel_size}"
+            )
+        super().__init__(data_parallel_size, 1, timeout=timedelta(seconds=timeout_s))
+
+    @override
+    def setup_environment(self) -> None:
+        self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]  # as ParallelStrategy's own does
+        self._setup_distributed()
+        size = self.world_size if self._data_parallel_size == "auto" else self._data_parallel_size
+        if self.world_size % size:
+            raise ConfigurationError(
+                f"trainer.strategy.data_parallel_size is {size}, which does not divide the {self.world_size} "
+                "processes; change it, trainer.devices or trainer.num_nodes"
+            )
+        copies = self.world_size // size
+        shape, names = ((copies, size), ("copies", "shards")) if copies > 1 else ((size,), ("shards",))
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+
+    @property
+    def sharding(self) -> Sharding:
+        """How each model of the run is cut up."""
+        return Sharding(self.device_mesh, COMPUTE[str(self.precision_plugin.precision)])
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop):
+            loop.inference_mode = False  # weights gathered in it could not be trained on later
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, plain(optimizer))
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a directory: every process's parts of weights and optimiser, and beside them what all have alike."""
+        weights, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
+        tensors = {"state_dict": weights, "optimizers": [state["state"] for state in optimizers]}
+        groups = [state["param_groups"] for state in optimizers]
+        write_shards(tensors, {**checkpoint, WEIGHTS: sorted(weights), GROUPS: groups}, Path(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        module, model = self.lightning_module, self.model
+        assert module is not None
+        assert model is not None
+        optimizers = [plain(optimizer) for optimizer in self.optimizers]
+        states = [get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
+        tensors: dict[str, Any] = {"state_dict": module.state_dict(), "optimizers": [s["state"] for s in states]}
+        content = read_shards(Path(checkpoint_path), tensors)
+        module.load_state_dict(tensors["state_dict"], strict=module.strict_loading)
+        for optimizer, state, groups in zip(optimizers, tensors["optimizers"], content[GROUPS], strict=True):
+            set_optimizer_state_dict(model, optimizer, optim_state_dict={"state": state, "param_groups": groups})
+        return content
+
+
+def plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    """The optimiser without what Lightning puts around it."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
