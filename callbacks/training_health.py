@@ -146,7 +146,7 @@ class TrainingHealth(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         weights = [parameter.detach() for parameter in pl_module.parameters() if parameter.is_floating_point()]
-        if weights and not whole(torch.nn.utils.get_total_norm(weights, torch.inf)).isfinite():
+        if weights and not whole(torch.nn.utils.get_total_norm(weights, 1.0)).isfinite():
             raise ConfigurationError(
                 f"after step {trainer.global_step} the weights are not finite, so no checkpoint is written and the run "
                 "ends; lower model.learning_rate or set trainer.gradient_clip_val, then go on with --ckpt_path last"

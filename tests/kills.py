@@ -1,7 +1,7 @@
 """Runs that are killed at random moments and resumed by the same command, against the same run left alone.
 
 python -m tests.kills --kills 20 --methods SFTModule RLOOModule
-python -m tests.kills --kills 20 --ranks 2
+python -m tests.kills --kills 20 --ranks 2 [--sharded]
 
 Each run is killed once to three times with SIGKILL, then left to end. Its final weights, its log and its model card
 must be those of the uninterrupted run, byte for byte. The processes are forked from one that has imported everything.
@@ -30,6 +30,7 @@ from tests.forked import start
 
 METHODS = ("SFTModule", "RewardModule", "DPOModule", "RLOOModule")
 SIDES = {"chosen": "yes", "rejected": "no way"}
+SHARDED = {"class_path": "callbacks.checkpoints.sharded_strategy.ShardedStrategy"}
 LIMIT_S = 300.0
 
 
@@ -71,6 +72,7 @@ def command(
     ranks: int = 1,
     rank: int = 0,
     mixture: bool = False,
+    sharded: bool = False,
 ) -> list[str]:
     """The same command for the first start and for every later one; ``rank`` is LoRA's, 0 for all weights."""
     task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
@@ -86,7 +88,7 @@ def command(
             "default_root_dir": str(run),
             "accelerator": "cpu",
             "devices": ranks,
-            **({"strategy": "ddp"} if ranks > 1 else {}),
+            **({"strategy": SHARDED if sharded else "ddp"} if ranks > 1 or sharded else {}),
             "max_epochs": epochs,
             "accumulate_grad_batches": 2,
             "val_check_interval": 0.5,
@@ -197,6 +199,7 @@ def kill_and_compare(
     ranks: int = 1,
     rank: int = 0,
     mixture: bool = False,
+    sharded: bool = False,
 ) -> Outcome:
     """Runs of a method until so many kills have been made."""
     rng = random.Random(f"{seed}-{method}-{workers}-{ranks}-{rank}")
@@ -204,7 +207,7 @@ def kill_and_compare(
     if not material.exists():
         make_material(material)
     place = directory / f"{method}-{workers}"
-    options: dict[str, Any] = {"workers": workers, "ranks": ranks, "rank": rank, "mixture": mixture}
+    options: dict[str, Any] = {"workers": workers, "ranks": ranks, "rank": rank, "mixture": mixture, "sharded": sharded}
     (place / "alone").mkdir(parents=True)
     began = time.monotonic()
     (place / "alone" / "seconds").write_text("1")
@@ -230,6 +233,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank")
     parser.add_argument("--mixture", action="store_true", help="train on a mixture of two parts, for three epochs")
+    parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -241,7 +245,7 @@ def main() -> int:
             for workers in arguments.workers:
                 kills = arguments.kills // len(arguments.workers)
                 options: dict[str, Any] = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
-                options |= {"rank": arguments.lora, "mixture": arguments.mixture}
+                options |= {"rank": arguments.lora, "mixture": arguments.mixture, "sharded": arguments.sharded}
                 found = kill_and_compare(Path(directory), method, kills=kills, **options)
                 print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
                 failed = failed or bool(found.different)

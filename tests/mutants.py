@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
     """Arguments for pytest."""
 
 
+SHARDS = "callbacks/checkpoints/sharded_checkpoint.py"
 IO, BASE, RLOO, DPO = (
     "callbacks/checkpoints/checkpoint_io.py",
     "lightning_modules/base.py",
@@ -53,7 +54,7 @@ FOLDER, KEYS, CHAT = "commands/run_folder.py", "lightning_modules/rewards/keys.p
 FORMATS, MIXTURE, CUSTOM = "datamodules/formats.py", "datamodules/mixture.py", "tests/test_custom_data.py"
 
 PLANTED = [
-    Mutant(IO, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
+    Mutant(SHARDS, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
     Mutant(
         BASE,
         'self.trainer.strategy.reduce, reduce_op="sum")',
@@ -383,8 +384,8 @@ OWN = [
     ),
     Mutant(
         "lightning_modules/adapted.py",
-        "cast.setdefault(value.data_ptr(), value.to(self.base_dtype) if value.is_floating_point() else value)",
-        "cast.setdefault(value.data_ptr(), value)",
+        "yield name, value.to(self.base_dtype) if cast else value",
+        "yield name, value",
         "tests/test_adapters.py -k dtype_of_its_base",
     ),
     Mutant(

@@ -31,7 +31,7 @@ from lightning_modules.models.loading import load_reward_model
 from lightning_modules.models.parts import whole
 from tests.conftest import make_tiny_model
 from tests.forked import start
-from tests.kills import METHODS, talk
+from tests.kills import METHODS, SHARDED, talk
 
 ROWS = 8
 BREVITY = "lightning_modules.rewards.rules.brevity"
@@ -49,9 +49,6 @@ def make_material(directory: Path, *, rows: int = ROWS) -> None:
             chosen, rejected = "yes " * (1 + i % 4), "no" * (1 + (5 * i) % 7)
             lines.append({"prompt": prompt, "chosen": talk(prompt, chosen), "rejected": talk(prompt, rejected)})
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-
-
-SHARDED = {"class_path": "callbacks.checkpoints.sharded_strategy.ShardedStrategy"}
 
 
 def command(
