@@ -108,8 +108,8 @@ class ChatDataModule(LightningDataModule):
         """Where training begins; a run that is resumed sets it."""
         self.part_names: tuple[str, ...] = ()
         """Of what a validation tells apart."""
-        self.repeats_validation = False
-        """Whether this process validates on another one's rows, as there are fewer rows than processes."""
+        self.counted_batches = 0
+        """How many of the first batches of a validation count here; a later one repeats another process's row."""
         self._splits: dict[str, Dataset] = {}
         self._check_options()
 
@@ -246,9 +246,10 @@ class ChatDataModule(LightningDataModule):
         items: Sequence[Any] = range(len(rows))
         if self.tokens_per_batch is not None:
             items = best_fit(row_lengths(rows), items, budget=self.tokens_per_batch)
-        sampler = ShardSampler(items, *self._ranks())
-        self.repeats_validation = sampler.repeats
-        return self._loader(rows, sampler, in_lists=self.tokens_per_batch is not None)
+        in_lists = self.tokens_per_batch is not None
+        sampler = ShardSampler(items, *self._ranks(), items_per_batch=1 if in_lists else self.batch_size)
+        self.counted_batches = sampler.counted
+        return self._loader(rows, sampler, in_lists=in_lists)
 
     def validation_part(self, batch_idx: int) -> str | None:
         """The part whose rows a validation batch of this process has; None where there are no parts."""

@@ -224,7 +224,7 @@ class MixtureDataModule(ChatDataModule):
         rows = self._splits["validation"]
         batches = [(name, batch) for name, part in self._rows_of_parts() for batch in self._batches(rows, part)]
         sampler = ShardSampler([batch for _, batch in batches], *self._ranks())
-        self.repeats_validation = sampler.repeats
+        self.counted_batches = sampler.counted
         world_size, rank = self._ranks()
         self._validated = [name for name, _ in batches[rank::world_size]]
         return self._loader(rows, sampler, in_lists=True)

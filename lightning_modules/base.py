@@ -86,6 +86,7 @@ class FineTuningModule(AdaptedModule):
         self.use_adapter(lora, quantization)
         self._step = OptimiserStep()
         self._part: str | None = None  # of the data that is being validated
+        self._counts = True  # whether it counts here, and not on another process
         self.step_flaw = ""
         """Why the last optimiser step was skipped; empty where it was sound."""
 
@@ -246,11 +247,13 @@ class FineTuningModule(AdaptedModule):
     @override
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         data = getattr(self.trainer, "datamodule", None)
-        self._part = data.validation_part(batch_idx) if isinstance(data, ChatDataModule) else None
+        own = data if isinstance(data, ChatDataModule) else None
+        self._part = own.validation_part(batch_idx) if own else None
+        self._counts = own is None or batch_idx < own.counted_batches
 
     def update_val(self, metrics: Mapping[str, Tensor]) -> None:
         """Add values to the means of this validation and of the part at hand; another process's rows do not count."""
-        if getattr(getattr(self.trainer, "datamodule", None), "repeats_validation", False):
+        if not self._counts:
             return
         for name, values in metrics.items():
             for mean in (name, f"{self._part}/{name}"):

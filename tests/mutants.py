@@ -247,8 +247,8 @@ PLANTED = [
     Mutant(EXPORT, '"eos_token_id": stops,', '"eos_token_id": stops[:1],', "tests/test_cli.py -k promised"),
     Mutant(
         DATA,
-        "sampler = ShardSampler(items, *self._ranks())",
-        "sampler = DistributedSampler(items, *self._ranks(), shuffle=False); sampler.repeats = False",
+        "sampler = ShardSampler(items, *self._ranks(), items_per_batch=1 if in_lists else self.batch_size)",
+        "sampler = DistributedSampler(items, *self._ranks(), shuffle=False); sampler.counted = 99",
         "tests/test_datamodules.py -k shards",
     ),
     Mutant(
@@ -420,8 +420,8 @@ OWN = [
     ),
     Mutant(
         "datamodules/shards.py",
-        "self.repeats = rank >= len(items)",
-        "self.repeats = False",
+        "if self.counted < most else own",
+        "if not own else own",
         "tests/test_ranks.py -k counts_once",
     ),
     Mutant(

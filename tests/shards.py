@@ -1,6 +1,6 @@
 """Validation figures on one process and on several, for few rows: the largest difference of any figure.
 
-python -m tests.shards --rows 1 2 3 4 5 6 7 8 9 --ranks 2 3
+python -m tests.shards --rows 1 2 3 4 5 6 7 8 9 --ranks 2 3 [--sharded]
 """
 
 import argparse
@@ -20,11 +20,13 @@ LIMIT_S = 120.0
 TOLERANCE = 1e-6
 
 
-def figures(directory: Path, method: str, *, rows: int, ranks: int, budget: int | None) -> dict[str, float]:
+def figures(
+    directory: Path, method: str, *, rows: int, ranks: int, budget: int | None, sharded: bool
+) -> dict[str, float]:
     """What ``validate`` finds, with everything on the first rows alone."""
     run = directory / f"{method}-{rows}-{ranks}-{budget}"
     options = {"max_samples": rows, "batch_size": 2, "tokens_per_batch": budget}
-    arguments = command(directory / "material", run, method, ranks=ranks, **options)
+    arguments = command(directory / "material", run, method, ranks=ranks, sharded=sharded and ranks > 1, **options)
     arguments = ["validate", *arguments[1:], "--model.model_name", str(directory / "material" / "model")]
     arguments += ["--trainer.limit_val_batches", "1.0"]
 
@@ -49,6 +51,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(1, 10)))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = False
@@ -59,9 +62,10 @@ def main() -> int:
         for method in options.methods:
             for budget in (None,) if method == "RLOOModule" else (None, 150):
                 for rows in options.rows:
-                    alone = figures(directory, method, rows=rows, ranks=1, budget=budget)
+                    how = {"rows": rows, "budget": budget, "sharded": options.sharded}
+                    alone = figures(directory, method, ranks=1, **how)
                     for ranks in options.ranks:
-                        found = figures(directory, method, rows=rows, ranks=ranks, budget=budget)
+                        found = figures(directory, method, ranks=ranks, **how)
                         worst = max(abs(found[name] - value) / max(1.0, abs(value)) for name, value in alone.items())
                         failed = failed or worst > TOLERANCE or found.keys() != alone.keys()
                         told = f"{method:14} {budget or '-':>6} {rows:4} {ranks:5} {len(alone):7} {worst:.1e}"

@@ -101,10 +101,13 @@ def test_validation_figures_are_the_same_on_one_to_three_processes(method: str) 
 
 @pytest.mark.parametrize("count", range(1, 10))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_item_of_a_validation_counts_once(count: int, world_size: int) -> None:
-    shards = [ShardSampler(range(count), world_size, rank) for rank in range(world_size)]
-    assert all(len(shard) == len(list(shard)) > 0 for shard in shards), "each process keeps step"
-    counted = [item for shard in shards if not shard.repeats for item in shard]
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_item_of_a_validation_counts_once(count: int, world_size: int, size: int) -> None:
+    shards = [ShardSampler(range(count), world_size, rank, items_per_batch=size) for rank in range(world_size)]
+    batches = [[list(shard)[at : at + size] for at in range(0, len(shard), size)] for shard in shards]
+    assert len({len(own) for own in batches}) == 1, "each process keeps step"
+    assert len(batches[0]) == -(-len(range(0, count, world_size)) // size) > 0, "and none takes a batch too many"
+    counted = [item for shard, own in zip(shards, batches, strict=True) for b in own[: shard.counted] for item in b]
     assert sorted(counted) == list(range(count))
 
 

@@ -95,13 +95,14 @@ class Completer:
 
 
 def completers(
-    trainer: Trainer, module: FineTuningModule, reference_model: str | None, **options: Any
+    trainer: Trainer, module: FineTuningModule, policy: PreTrainedModel, reference_model: str | None, **options: Any
 ) -> tuple[Completer, Completer]:
     """The policy's, and that of the reference: the named one, or the starting policy.
 
     Args:
         trainer: The run.
         module: With the policy and its tokenizer.
+        policy: As each process can run it alone.
         reference_model: Hub id or directory, with a tokenizer of its own.
         options: Of Completer that both have.
     """
@@ -111,12 +112,12 @@ def completers(
 
     def load_reference() -> PreTrainedModel:
         model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
-        return model.to(device=module.device, dtype=module.model.dtype)  # type: ignore[arg-type, no-any-return]
+        return model.to(device=module.device, dtype=policy.dtype)  # type: ignore[arg-type, no-any-return]
 
-    policy: dict[str, Any] = {"digest": weights_digest(module.model), "title": "policy completions"}
+    own: dict[str, Any] = {"digest": weights_digest(module.model), "title": "policy completions"}
     reference: dict[str, Any] = {"digest": directory_digest(name), "title": "reference completions"}
     return (
-        Completer(trainer, lambda: module.model, module.tokenizer, **policy, **options),
+        Completer(trainer, lambda: policy, module.tokenizer, **own, **options),
         Completer(trainer, load_reference, tokenizer, **reference, **options),
     )
 
