@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checkpoints.checkpoint_io import newest_usable, unusable
+from callbacks.checkpoints.sharded_checkpoint import REPLACED
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 
@@ -24,7 +25,9 @@ def resolve_checkpoint(ckpt_path: str | None, root: Path, directory: Path) -> st
         ConfigurationError: If there is no such checkpoint, or it cannot be used.
     """
     if ckpt_path == "last":
-        found = newest_usable([*directory.glob("*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")])
+        names = ("*.ckpt", f"*.ckpt{REPLACED}")  # the latter where a kill came while a directory's place was taken
+        own = [file for name in names for file in directory.glob(name)]
+        found = newest_usable([*own, *root.glob("hpc_ckpt_*.ckpt")])
         if found is None:
             rank_zero_info(f"{directory} holds no checkpoint yet, so a training starts anew")
         return str(found) if found else None

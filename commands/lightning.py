@@ -21,6 +21,7 @@ from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO, plain_values
 from callbacks.checkpoints.exact_resume import ExactResume
 from callbacks.checkpoints.preemption import Preemption
 from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, run_options
+from callbacks.checkpoints.sharded_strategy import ShardedStrategy
 from callbacks.logging.line_progress import LineProgress
 from callbacks.logging.metrics_file import MetricsFile
 from callbacks.logging.tracking import WandbTracking, run_name
@@ -168,11 +169,14 @@ class SuiteCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # an unknown strategy, precision or device
             near = did_you_mean(str(config.trainer.strategy), StrategyRegistry.available_strategies())
             near = near if "strategy" in str(error) else ""
             raise ConfigurationError(f"{error}; change the trainer's options{near}") from error
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.check_options(self.model)
+        return trainer
 
     def _loggers(self) -> list[Logger]:
         """The run's own record, and W&B where no other loggers are asked for."""

@@ -15,6 +15,16 @@ class Position(NamedTuple):
     epoch: int = 0
     batches: int = 0
 
+    def on(self, processes: int, *, was: int, multiple: int) -> "Position":
+        """About the same place where there are other processes, and so another number of batches on each.
+
+        Args:
+            processes: How many there are.
+            was: How many there were.
+            multiple: What the number of batches must be a multiple of; rounded down, so that no row is left out.
+        """
+        return Position(self.epoch, self.batches * was // processes // multiple * multiple)
+
 
 BEGINNING = Position()
 

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from callbacks.checkpoints.sharded_checkpoint import CONTENT, PARTIAL, unusable_shards
+from callbacks.checkpoints.sharded_checkpoint import CONTENT, PARTIAL, making_way, read_together, unusable_shards
 from core.errors import ConfigurationError, NotWrittenError
 from core.files import new_file, sync_directory
 
@@ -64,6 +64,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         reason = unusable(Path(path), ())
         if reason:
             raise ConfigurationError(f"the checkpoint {path} cannot be used: {reason}; name another with --ckpt_path")
+        if Path(path).is_dir():
+            return read_together(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
@@ -81,8 +83,9 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
-        sync_directory(target.parent)
+        with making_way(target):
+            os.replace(partial, target)
+            sync_directory(target.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink()

@@ -36,6 +36,7 @@ class ExactResume(Callback):
     def __init__(self, ckpt_path: str | None = None) -> None:
         self.ckpt_path = ckpt_path
         self._found: dict[str, Any] = {}
+        self._moved: Position | None = None  # where the run is, where another number of processes goes on with it
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -46,16 +47,31 @@ class ExactResume(Callback):
         self._found = plain_values(Path(path), KEY) if path else {"log": {}}
         if not self._found:
             rank_zero_warn(f"{path} does not say where in its data the run was; its epoch begins anew")
+        position = Position(*self._found.get("position", ()))
         processes = self._found.get("processes", trainer.world_size)
         if processes != trainer.world_size:
-            raise ConfigurationError(
-                f"{path} is of a run on {processes} processes, this one has {trainer.world_size}, whose "
-                "batches would be others; change trainer.devices or num_nodes back, or train anew in another "
-                "trainer.default_root_dir"
+            told = f"{path} is of a run on {processes} processes, this one has {trainer.world_size}"
+            if not Path(str(path)).is_dir():
+                raise ConfigurationError(
+                    f"{told}, whose batches would be others; change trainer.devices or num_nodes back, or train anew "
+                    "in another trainer.default_root_dir"
+                )
+            position = position.on(trainer.world_size, was=processes, multiple=trainer.accumulate_grad_batches)
+            self._moved = position
+            rank_zero_warn(
+                f"{told}: it goes on from the same weights and optimiser state, behind about the same rows of epoch "
+                f"{position.epoch}, but with steps of another size, in another order and with other samples"
             )
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ChatDataModule):
-            data.start = Position(*self._found.get("position", ()))
+            data.start = position
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count the epoch's batches as they are on another number of processes."""
+        if self._moved is not None:
+            counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            counts.update(dict.fromkeys(counts, self._moved.batches))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

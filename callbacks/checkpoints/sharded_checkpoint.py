@@ -8,13 +8,16 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -33,6 +36,8 @@ CONTENT = "meta.pt"
 INDEX = ".metadata"
 """Which part of which tensor is where; torch's name for it."""
 FILES = "files.json"
+WEIGHTS, GROUPS = "weights", "param_groups"
+"""Names of the weights, and the optimisers' options, within what is the same on all processes."""
 BLOCK = 1 << 22
 
 
@@ -115,14 +120,26 @@ def finish(partial: Path, target: Path, content: Mapping[str, Any]) -> None:
         text.flush()
         os.fsync(text.fileno())
     sync_directory(partial)
+    with making_way(target):
+        if target.is_symlink() or target.is_file():
+            target.unlink()
+        partial.rename(target)
+        sync_directory(target.parent)
+
+
+@contextmanager
+def making_way(target: Path) -> Iterator[None]:
+    """Have a directory out of the way meanwhile, where resuming finds it if this is the last that the process does."""
     replaced = target.with_name(target.name + REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    elif target.exists():
-        target.rename(replaced)  # which is found there if this is the last that the process does
-    partial.rename(target)
-    sync_directory(target.parent)
+    if target.is_dir() and not target.is_symlink():
+        target.rename(replaced)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            replaced.rename(target)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -159,6 +176,33 @@ def read_shards(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
             "--model.model_name"
         ) from error
     content: dict[str, Any] = torch.load(source / CONTENT, map_location="cpu", weights_only=True)
+    return content
+
+
+def read_together(source: Path) -> dict[str, Any]:
+    """A checkpoint that is usable, as the file of one process would hold it: all tensors whole, on the CPU."""
+    metadata = FileSystemReader(source).read_metadata()
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
+        load(tensors, storage_reader=FileSystemReader(source), no_dist=True)
+    content: dict[str, Any] = torch.load(source / CONTENT, map_location="cpu", weights_only=True)
+    found: dict[tuple[Any, ...], Tensor] = {metadata.planner_data[name]: value for name, value in tensors.items()}
+    content["state_dict"] = {path[1]: value for path, value in found.items() if path[0] == "state_dict"}
+    content["optimizer_states"] = []
+    for number, groups in enumerate(content[GROUPS]):
+        names = [name for group in groups for name in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for path, value in found.items():
+            if path[:2] == ("optimizers", number):
+                state.setdefault(names.index(path[2]), {})[path[3]] = value
+        places = iter(range(len(names)))
+        numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
+        content["optimizer_states"].append({"state": state, "param_groups": numbered})
     return content
 
 

@@ -13,14 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from callbacks.checkpoints.sharded_checkpoint import read_shards, write_shards
+from callbacks.checkpoints.sharded_checkpoint import GROUPS, WEIGHTS, read_shards, write_shards
 from core.errors import ConfigurationError
+from lightning_modules.base import FineTuningModule
 from lightning_modules.models.sharding import Sharding
 
 COMPUTE = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """What weights are gathered in, by ``trainer.precision``; they are kept, and stepped, in float32."""
-WEIGHTS, GROUPS = "weights", "param_groups"
-"""Names of the weights, and the optimisers' options, within what all processes have alike."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -39,27 +38,42 @@ class ShardedStrategy(ModelParallelStrategy):
         tensor_parallel_size: int = 1,
         timeout_s: float = 1800.0,
     ) -> None:
-        if tensor_parallel_size != 1:
+        super().__init__(data_parallel_size, tensor_parallel_size, timeout=timedelta(seconds=timeout_s))
+
+    def check_options(self, module: FineTuningModule) -> None:
+        """What can be wrong before any process is started.
+
+        Raises:
+            ConfigurationError: Naming the option to change.
+        """
+        if self._tensor_parallel_size != 1:
             raise ConfigurationError(
-                f"trainer.strategy.tensor_parallel_size must be 1, got {tensor_parallel_size}: layers are sharded, not "
-                "their products"
+                f"trainer.strategy.tensor_parallel_size must be 1, got {self._tensor_parallel_size}: layers are "
+                "sharded, not their products"
             )
-        if data_parallel_size != "auto" and data_parallel_size < 1:
+        processes = self.num_nodes * self.num_processes
+        size = processes if self._data_parallel_size == "auto" else self._data_parallel_size
+        if size < 1 or processes % size:
             raise ConfigurationError(
-                f"trainer.strategy.data_parallel_size must be positive or auto, got {data_parallel_size}"
+                f"trainer.strategy.data_parallel_size must divide the {processes} processes, got {size}; change it, "
+                "trainer.devices or trainer.num_nodes"
             )
-        super().__init__(data_parallel_size, 1, timeout=timedelta(seconds=timeout_s))
+        precision = self.precision_plugin.precision
+        if precision not in COMPUTE:
+            raise ConfigurationError(
+                f"a sharded model is kept in float32, so trainer.precision must be {' or '.join(COMPUTE)}, got "
+                f"{precision}"
+            )
+        if module.quantization is not None:
+            raise ConfigurationError("a quantised model cannot be sharded; unset model.quantization, or take ddp")
+        if module.compile_model:
+            raise ConfigurationError("a sharded model is not compiled; unset model.compile, or take ddp")
 
     @override
     def setup_environment(self) -> None:
         self.accelerator.setup_device(self.root_device)  # type: ignore[union-attr]  # as ParallelStrategy's own does
         self._setup_distributed()
         size = self.world_size if self._data_parallel_size == "auto" else self._data_parallel_size
-        if self.world_size % size:
-            raise ConfigurationError(
-                f"trainer.strategy.data_parallel_size is {size}, which does not divide the {self.world_size} "
-                "processes; change it, trainer.devices or trainer.num_nodes"
-            )
         copies = self.world_size // size
         shape, names = ((copies, size), ("copies", "shards")) if copies > 1 else ((size,), ("shards",))
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
