@@ -1,7 +1,7 @@
 """Runs on several ranks of which one fails: how long the others take to end, and whether the reason is told.
 
 python -m tests.hangs
-python -m tests.hangs --cases reward-raises killed
+python -m tests.hangs --cases reward-raises killed-in-a-step [--sharded]
 
 No launcher ends the other ranks here, as one would.
 """
@@ -92,12 +92,12 @@ def fail(case: Case, *, rank: int, failed_at: Path) -> Callable[..., Any]:
     return failing
 
 
-def trial(directory: Path, name: str, *, rank: int, ranks: int) -> Outcome:
+def trial(directory: Path, name: str, *, rank: int, ranks: int, sharded: bool) -> Outcome:
     """A run whose rank fails."""
     case = CASES[name]
     folder = directory / f"{name}-{rank}"
     folder.mkdir()
-    arguments = command(directory / "material", folder / "run", case.method, ranks=ranks)
+    arguments = command(directory / "material", folder / "run", case.method, ranks=ranks, sharded=sharded)
     failed_at = folder / "failed"
 
     def broken_run() -> int:
@@ -135,6 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     bad = False
@@ -144,7 +145,7 @@ def main() -> int:
         print(f"{'case':20} {'rank':>4} {'seconds':>8} {'told':>5} exit codes")
         for name in options.cases:
             for rank in (0, options.ranks - 1):
-                found = trial(directory, name, rank=rank, ranks=options.ranks)
+                found = trial(directory, name, rank=rank, ranks=options.ranks, sharded=options.sharded)
                 print(f"{name:20} {rank:4} {found.seconds:8.1f} {found.told!s:>5} {found.codes}", flush=True)
                 bad = bad or not found.told or not found.right or found.seconds > LIMIT_S
     return int(bad)

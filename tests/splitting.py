@@ -1,15 +1,15 @@
 """The gradients of a run's optimiser steps, under one way of splitting its rows into batches, ranks and layouts.
 
-python -m tests.splitting FOLDER --ranks 2 [--sharded]
+python -m tests.splitting FOLDER --ranks 2 [--sharded] [--losses]
 
-Weights stay as they are, so that steps compare. Samples of RLOO depend on their prompt alone.
+Weights stay as they are, so that steps compare, but with ``--losses``. Samples of RLOO depend on their prompt alone.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lightning_modules.generation.rollouts import seeds_of
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.loading import load_reward_model
 from lightning_modules.models.parts import whole
+from lightning_modules.optimiser_step import OptimiserStep
 from tests.conftest import make_tiny_model
 from tests.forked import start
 from tests.kills import METHODS, SHARDED, talk
@@ -52,9 +53,17 @@ def make_material(directory: Path, *, rows: int = ROWS) -> None:
 
 
 def command(
-    material: Path, run: Path, method: str, *, ranks: int = 1, accumulate: int = 1, sharded: bool = False, **data: Any
+    material: Path,
+    run: Path,
+    method: str,
+    *,
+    ranks: int = 1,
+    accumulate: int = 1,
+    sharded: bool = False,
+    moves: bool = False,
+    **data: Any,
 ) -> list[str]:
-    """A fit of one epoch.
+    """A fit of one epoch, or of ten where the weights are to move.
 
     Args:
         material: Of :func:`make_material`.
@@ -63,9 +72,10 @@ def command(
         ranks: Processes.
         accumulate: Batches of an optimiser step.
         sharded: Whether the ranks share one model, and not only its gradients.
+        moves: Whether to learn anything.
         data: Options of the data module.
     """
-    model: dict[str, Any] = {"model_name": str(material / "model"), "learning_rate": 1e-30}
+    model: dict[str, Any] = {"model_name": str(material / "model"), "learning_rate": 1e-3 if moves else 1e-30}
     if method == "RLOOModule":
         model |= {"reward": BREVITY, "max_completion_length": 6, "samples_per_prompt": 3}
     if method in ("RLOOModule", "DPOModule"):
@@ -78,7 +88,7 @@ def command(
             "accelerator": "cpu",
             "devices": ranks,
             **({"strategy": SHARDED if sharded else "ddp"} if ranks > 1 or sharded else {}),
-            "max_epochs": 1,
+            "max_epochs": 10 if moves else 1,
             "limit_val_batches": 0,
             "accumulate_grad_batches": accumulate,
             "enable_model_summary": False,
@@ -173,20 +183,37 @@ def gradients(arguments: Sequence[str]) -> list[Tensor]:
     return found
 
 
+def losses(arguments: Sequence[str]) -> list[Tensor]:
+    """The loss of each optimiser step of a command: the mean over all that is in it, on all ranks."""
+    found: list[Tensor] = []
+    original = OptimiserStep.finish
+
+    def finish(step: OptimiserStep, *parameters: Any, over_ranks: Callable[[Tensor], Tensor], **options: Any) -> Any:
+        count, total = over_ranks(step.count_and_loss.clone()).unbind()
+        found.append(total / count)
+        return original(step, *parameters, over_ranks=over_ranks, **options)
+
+    with comparable(), mock.patch.object(OptimiserStep, "finish", finish):
+        assert cli_main(list(arguments)) == 0
+    return found
+
+
 def main() -> int:
-    """Save the gradients of every method on several ranks, four rows in all to a batch."""
+    """Save the gradients, or losses, of every method on several ranks, four rows in all to a batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with the material; the gradients of METHOD go to METHOD.pt there")
+    parser.add_argument("folder", type=Path, help="with the material; what is found of METHOD goes to METHOD.pt there")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
+    parser.add_argument("--losses", action="store_true", help="save the losses of ten steps that learn")
     options = parser.parse_args()
+    look = losses if options.losses else gradients
     for method in METHODS:
         run = options.folder / f"{method}-{'shards' if options.sharded else 'ranks'}"
         split = {"ranks": options.ranks, "sharded": options.sharded, "batch_size": ROWS // options.ranks // 2}
-        arguments = command(options.folder, run, method, accumulate=2, **split)
+        arguments = command(options.folder, run, method, accumulate=2, moves=options.losses, **split)
 
         def save(method: str = method, arguments: Sequence[str] = tuple(arguments)) -> int:
-            found = gradients(arguments)
+            found = look(arguments)
             if torch.distributed.get_rank() == 0:
                 torch.save(found, options.folder / f"{method}.pt")
             return 0

@@ -17,6 +17,7 @@ from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO
 from callbacks.checkpoints.preemption import Preempted, Preemption
 from core.errors import ConfigurationError
+from tests.kills import SHARDED
 
 ROOT = Path(__file__).parents[1]
 SLOW = pytest.mark.slow
@@ -56,23 +57,25 @@ def child_of(pid: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "signalled", "signum"),
+    ("strategy", "signalled", "signum"),
     [
-        pytest.param(1, 0, signal.SIGTERM, marks=SLOW),
-        (1, 0, signal.SIGINT),
-        pytest.param(1, 0, signal.SIGUSR1, marks=SLOW),
-        pytest.param(2, 0, signal.SIGTERM, marks=SLOW),
-        pytest.param(2, 1, signal.SIGTERM, marks=SLOW),
-        pytest.param(2, 1, signal.SIGUSR1, marks=SLOW),
-        pytest.param(2, 1, signal.SIGINT, marks=SLOW),
+        pytest.param("auto", 0, signal.SIGTERM, marks=SLOW),
+        ("auto", 0, signal.SIGINT),
+        pytest.param("auto", 0, signal.SIGUSR1, marks=SLOW),
+        pytest.param("ddp", 0, signal.SIGTERM, marks=SLOW),
+        pytest.param("ddp", 1, signal.SIGTERM, marks=SLOW),
+        pytest.param("ddp", 1, signal.SIGUSR1, marks=SLOW),
+        pytest.param("ddp", 1, signal.SIGINT, marks=SLOW),
+        pytest.param(SHARDED, 0, signal.SIGTERM, marks=SLOW),
+        pytest.param(SHARDED, 1, signal.SIGTERM, marks=SLOW),
     ],
 )
 def test_a_signal_to_any_rank_saves_and_ends_with_its_code(
-    ranks: int, signalled: int, signum: signal.Signals, config: Any, tmp_path: Path
+    strategy: Any, signalled: int, signum: signal.Signals, config: Any, tmp_path: Path
 ) -> None:
     """Accumulating over two batches: the step saved is a whole one, and every step is logged once in the two runs."""
-    trainer = {"max_epochs": 400, "accumulate_grad_batches": 2, "devices": ranks, "log_every_n_steps": 1}
-    trainer |= {"limit_val_batches": 0, "strategy": "ddp" if ranks > 1 else "auto"}
+    trainer = {"max_epochs": 400, "accumulate_grad_batches": 2, "log_every_n_steps": 1, "limit_val_batches": 0}
+    trainer |= {"devices": 1 if strategy == "auto" else 2, "strategy": strategy}
     path = config("SFTModule", trainer=trainer, evaluation={"num_prompts": 0}, checkpoint={"monitor": None})
     run = tmp_path / "run"
     process = start("fit", "--config", path)
@@ -85,7 +88,8 @@ def test_a_signal_to_any_rank_saves_and_ends_with_its_code(
     assert ("interrupted: saved" if signum == signal.SIGINT else "asked to end: saved") in output
     assert "go on with --ckpt_path last" in output
     assert "Traceback" not in output
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    last = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(last / "meta.pt" if strategy == SHARDED else last, weights_only=True)
     batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
     assert batches["ready"] == batches["processed"]
     assert not (run / "final").exists()

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typing_extensions import override
@@ -59,9 +60,9 @@ def write_shards(tensors: Mapping[str, Any], content: Mapping[str, Any], target:
         failure = told_by_first(lambda: make_empty(partial))
         if not failure:
             try:
-                save(dict(tensors), storage_writer=FileSystemWriter(partial))
+                save(dict(tensors), storage_writer=Writer(partial))
             except CheckpointException as error:
-                failure = cause_of(error)
+                failure = disk_error(error)
         if not failure:
             failure = told_by_first(lambda: finish(partial, target, content))
     finally:
@@ -86,18 +87,43 @@ def told_by_first(work: Any) -> str:
     return told[0]
 
 
-def cause_of(error: CheckpointException) -> str:
+class Writer(FileSystemWriter):
+    """Torch's, which tells other processes of a full disk as of a disk and not as of what torch makes of it."""
+
+    @override
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        with as_disk_errors():
+            return super().write_data(plan, planner)
+
+    @override
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        with as_disk_errors():
+            super().finish(metadata, results)
+
+
+@contextmanager
+def as_disk_errors() -> Iterator[None]:
+    """Raise what a disk said in the place of what was made of it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror) from error
+
+
+def disk_error(error: CheckpointException) -> str:
     """What a disk said to the first of the processes that could not write.
 
     Raises:
         CheckpointException: If it was not a disk.
     """
-    for failure in error.failures.values():
-        cause: BaseException | None = failure[0]
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            return cause.strerror or str(cause)
+    for failure, _ in error.failures.values():
+        if isinstance(failure, OSError):
+            return failure.strerror or str(failure)
     raise error
 
 

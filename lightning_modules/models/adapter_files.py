@@ -68,16 +68,19 @@ def save_adapter(
 
     weights = {PREFIX + name.replace(f".{TRAINED}.", "."): value.cpu().contiguous() for name, value in trained.items()}
     in_full = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
-    LoraConfig(
+    targets = options.target_modules or _adapted(model)
+    config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=options.target_modules or _adapted(model),
+        target_modules=targets,
         modules_to_save=in_full or None,
         task_type=TaskType.SEQ_CLS if in_full else TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
         inference_mode=True,
-    ).save_pretrained(str(directory))
+    )
+    config.target_modules = sorted(targets)  # which it makes a set of, and that has another order each time
+    config.save_pretrained(str(directory))
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
 
 
