@@ -4,6 +4,7 @@
 of LightningCLI, and ``checkpoints/boundary_checkpoint.py`` of ModelCheckpoint, is in that test as well.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 __all__ = [
     "SignalConnector",
     "at_step_boundary",
+    "before_connecting",
     "cluster_environment",
     "count_logged_steps",
     "ends_epoch",
@@ -97,6 +99,24 @@ def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
     """Who launched the processes."""
     environment: ClusterEnvironment | None = trainer._accelerator_connector.cluster_environment
     return environment
+
+
+def before_connecting(trainer: Trainer, work: Callable[[], None]) -> None:
+    """Have each process do some work before it connects with the others, once it knows which one it is.
+
+    ``setup_environment`` connects, before anything of the module or the data is looked at.
+    """
+    strategy = trainer.strategy
+    connect = strategy.setup_environment
+
+    def work_and_connect() -> None:
+        set_ranks = getattr(strategy, "set_world_ranks", None)
+        if set_ranks is not None:
+            set_ranks()
+        work()
+        connect()
+
+    strategy.setup_environment = work_and_connect  # type: ignore[method-assign]
 
 
 def signals_of(trainer: Trainer) -> Any:

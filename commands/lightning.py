@@ -20,7 +20,7 @@ from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO, plain_values
 from callbacks.checkpoints.exact_resume import ExactResume
 from callbacks.checkpoints.preemption import Preemption
-from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, run_options
+from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, flat, run_options
 from callbacks.checkpoints.sharded_strategy import ShardedStrategy
 from callbacks.logging.line_progress import LineProgress
 from callbacks.logging.metrics_file import MetricsFile
@@ -28,6 +28,7 @@ from callbacks.logging.tracking import WandbTracking, run_name
 from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
+from commands.launch import check_surroundings, meet
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from commands.quiet import quieten
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
@@ -176,6 +177,8 @@ class SuiteCLI(LightningCLI):
             raise ConfigurationError(f"{error}; change the trainer's options{near}") from error
         if isinstance(trainer.strategy, ShardedStrategy):
             trainer.strategy.check_options(self.model)
+        check_surroundings(trainer)
+        meet(trainer, flat(config.as_dict()), self.ckpt_path)
         return trainer
 
     def _loggers(self) -> list[Logger]:

@@ -27,10 +27,11 @@ def quieten() -> None:
     warnings.filterwarnings(
         "ignore", message="The ``compute`` method .* was called before"
     )  # of a process without rows
-    noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set")
+    noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
     told.addFilter(without_escapes)
+    logging.getLogger("lightning.fabric.utilities.distributed").addFilter(lambda record: record.levelno > logging.INFO)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
