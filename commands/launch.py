@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from typing_extensions import override
 
 from callbacks.lightning_internals import before_connecting, cluster_environment
 from commands.members import Member, judge, told
 from commands.run_record import PACKAGES
 from core.errors import ConfigurationError
+from datamodules.base import ChatDataModule
+from lightning_modules.base import FineTuningModule
+from lightning_modules.models.identity import directory_digest
 
-PATIENCE_S = 60.0
-"""How long the processes wait for each other here, in seconds."""
 ROOT = Path(__file__).parents[1]
 Options = Mapping[str, Any]
 
@@ -57,7 +59,7 @@ def check_surroundings(trainer: Trainer, surroundings: Mapping[str, str] = os.en
         )
 
 
-def meet(trainer: Trainer, options: Options, checkpoint: str | None, *, patience_s: float = PATIENCE_S) -> None:
+def meet(trainer: Trainer, options: Options, checkpoint: str | None, *, patience_s: float) -> None:
     """Have the processes compare what they are before they connect; one process has nobody to meet.
 
     Args:
@@ -101,6 +103,11 @@ def connect(address: str, port: int, rank: int, processes: int, patience_s: floa
     """
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     first = rank == 0 and not served
+    if not first and not answers(address, port, time.monotonic() + patience_s):
+        raise ConfigurationError(
+            f"process {rank} on {socket.gethostname()} did not reach process 0 at {address}:{port} within "
+            f"{patience_s:.0f} s; start one there, and set MASTER_ADDR and MASTER_PORT alike on all machines"
+        )
     try:
         store = TCPStore(
             address,
@@ -111,17 +118,27 @@ def connect(address: str, port: int, rank: int, processes: int, patience_s: floa
             wait_for_workers=False,
             multi_tenant=not served,
         )
-    except (dist.DistError, RuntimeError) as error:
-        if first and "EADDRINUSE" in str(error):
-            raise ConfigurationError(
-                f"process 0 cannot listen on port {port}: another run on {socket.gethostname()} has it, or another "
-                "process that takes itself for the first (NODE_RANK); set MASTER_PORT to another, alike on all machines"
-            ) from error
+    except dist.DistError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
         raise ConfigurationError(
-            f"process {rank} on {socket.gethostname()} did not reach process 0 at {address}:{port} within "
-            f"{patience_s:.0f} s; start one there, and set MASTER_ADDR and MASTER_PORT alike on all machines"
+            f"process 0 cannot listen on port {port}: another run on {socket.gethostname()} has it, or another "
+            "process that takes itself for the first (NODE_RANK); set MASTER_PORT to another, alike on all machines"
         ) from error
     return PrefixStore("launch", store)
+
+
+def answers(address: str, port: int, until: float) -> bool:
+    """Whether somebody listens there before a moment of ``time.monotonic``."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=1.0).close()
+        except OSError:  # a name that is not known yet is one too
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
 
 
 def exchange(store: Store, member: Member, rank: int, processes: int, patience_s: float) -> dict[int, Member]:
@@ -171,6 +188,32 @@ def gathered(store: Store, processes: int, until: float) -> tuple[dict[int, Memb
         if len(members) > 1:
             doubled[rank] = members
     return found, doubled
+
+
+class SameContent(Callback):
+    """Compares what the machines of a run have read, before a model is loaded: the rows, and the model's files."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.num_nodes == 1 or not dist.is_initialized():
+            return
+        own: dict[str, str] = {}
+        if trainer.local_rank == 0:
+            data = getattr(trainer, "datamodule", None)
+            rows = data.digests() if isinstance(data, ChatDataModule) else {}
+            own = {f"the rows of {split}": digest for split, digest in rows.items()}
+            if isinstance(pl_module, FineTuningModule):
+                own["the files of model.model_name"] = directory_digest(pl_module.model_name)
+        every: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(every, (socket.gethostname(), own))
+        first_host, first = every[0]
+        for rank, (host, found) in enumerate(every):
+            for name, digest in found.items():
+                if digest != first[name]:
+                    raise ConfigurationError(
+                        f"{name} are others for process {rank} on {host} than for process 0 on {first_host}; give all "
+                        "machines the same"
+                    )
 
 
 def device_name(device: torch.device) -> str:

@@ -28,7 +28,7 @@ from callbacks.logging.tracking import WandbTracking, run_name
 from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
-from commands.launch import check_surroundings, meet
+from commands.launch import SameContent, check_surroundings, meet
 from commands.parsing import check_arguments, refuse_secrets, restrict, stop
 from commands.quiet import quieten
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
@@ -66,6 +66,12 @@ class SuiteCLI(LightningCLI):
         parser.add_class_arguments(WandbTracking, "wandb", skip={"save_dir", "name", "job_type"}, instantiate=False)
         parser.add_argument(
             "--overwrite", type=bool, default=False, help="Start over in a folder that holds a run; what it made goes."
+        )
+        parser.add_argument(
+            "--launch_timeout_s",
+            type=float,
+            default=60.0,
+            help="How long the processes of a run wait for the last one.",
         )
         parser.link_arguments("model.init_args.model_name", "data.init_args.model_name")
         parser.set_defaults(
@@ -152,12 +158,10 @@ class SuiteCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config[self.subcommand]
-        root = config.trainer.default_root_dir
-        check_writable(Path(root), option="trainer.default_root_dir")
-        if not config.trainer.fast_dev_run:
-            FolderLock(Path(root), str(self.subcommand)).take()
+        root = Path(config.trainer.default_root_dir)
+        check_writable(root, option="trainer.default_root_dir")
         kwargs["logger"] = self._loggers()
-        own: list[Callback] = [ExactResume(self.ckpt_path), Preemption(), RunOptions(self.options)]
+        own: list[Callback] = [SameContent(), ExactResume(self.ckpt_path), Preemption(), RunOptions(self.options)]
         if self.subcommand == "fit":
             own.append(MemoryRecord(self.planned_memory))
         if self.subcommand == "fit" and self.starts_over is not None:
@@ -171,14 +175,18 @@ class SuiteCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:  # an unknown strategy, precision or device
+        except (ValueError, TypeError, RuntimeError) as error:  # an unknown strategy, precision or device
+            if isinstance(error, RuntimeError) and "--ntasks" not in str(error):  # SLURM's, whose kind Lightning wants
+                raise
             near = did_you_mean(str(config.trainer.strategy), StrategyRegistry.available_strategies())
             near = near if "strategy" in str(error) else ""
             raise ConfigurationError(f"{error}; change the trainer's options{near}") from error
+        if not config.trainer.fast_dev_run:
+            FolderLock(root, str(self.subcommand)).take()  # on the first process, which the trainer has found out
         if isinstance(trainer.strategy, ShardedStrategy):
             trainer.strategy.check_options(self.model)
         check_surroundings(trainer)
-        meet(trainer, flat(config.as_dict()), self.ckpt_path)
+        meet(trainer, flat(config.as_dict()), self.ckpt_path, patience_s=config.launch_timeout_s)
         return trainer
 
     def _loggers(self) -> list[Logger]:

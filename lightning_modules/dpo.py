@@ -31,7 +31,7 @@ from lightning_modules.functional.preference import (
 from lightning_modules.models.identity import weights_digest
 from lightning_modules.models.loading import load_causal_lm, without_dropout
 from lightning_modules.models.reference import make_reference
-from lightning_modules.models.reference_cache import PairTable, ask_about_run, look_up
+from lightning_modules.models.reference_cache import PairTable, ask_about_run, everywhere, look_up
 
 Loss = Literal["sigmoid", "hinge", "ipo", "conservative", "robust"]
 
@@ -113,7 +113,9 @@ class DPOModule(FineTuningModule):
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, PreferenceBatch) and self._reference_table and self.trainer.training:
-            return batch._replace(reference_log_probs=look_up(self._reference_table, batch))
+            found = look_up(self._reference_table, batch)
+            known = everywhere(self.trainer, found is not None)
+            return batch._replace(reference_log_probs=found if known else None)
         return batch
 
     @override

@@ -22,8 +22,7 @@ def start(function: Callable[[], int], *, ranks: int, log: Path) -> list[Any]:
         ranks: How many.
         log: Where their output is appended.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
     processes = []
     for rank in range(ranks):
@@ -31,6 +30,13 @@ def start(function: Callable[[], int], *, ranks: int, log: Path) -> list[Any]:
         processes.append(FORK.Process(target=_process, args=(function, log, environment)))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
 
 
 def _process(function: Callable[[], int], log: Path, environment: dict[str, str]) -> None:

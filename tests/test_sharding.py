@@ -1,5 +1,6 @@
 """A model that several processes share: trained, judged, saved and exported as one that is whole."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from datamodules.position import Position
+from lightning_modules.models.reference_cache import read_table
 from tests.command_line import Cli, assert_refused
 from tests.kills import METHODS
 from tests.splitting import ROWS, command, losses, make_material
@@ -61,6 +63,22 @@ def test_two_processes_share_a_model_and_one_exports_the_same(
     assert cli(*alone).returncode == 0
     for name in names:
         assert_same_files(run / name, tmp_path / f"{name} of two")
+
+
+@pytest.mark.slow
+def test_a_reference_that_one_process_knows_enough_of_is_asked_by_both(config: Any, tmp_path: Path) -> None:
+    """A process that would not ask would leave the other one waiting for its part of the weights."""
+    path = config("DPOModule", evaluation={"num_prompts": 0})
+    arguments = ["fit", "--config", path, *OVERLAY, "--trainer.devices", "2", "--data.batch_size", "1"]
+    assert launch(*arguments).returncode == 0
+    (table,) = (tmp_path / "cache").glob("reference-*.jsonl")
+    known = read_table(table)
+    assert len(known) == 7
+    forgotten = min(known)
+    table.write_text("".join(json.dumps([key, *known[key]]) + "\n" for key in known if key != forgotten))
+    again = launch(*arguments, "--overwrite", "true")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert read_table(table) == known
 
 
 @pytest.mark.slow

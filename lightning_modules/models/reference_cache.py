@@ -107,7 +107,7 @@ def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tenso
     device = trainer.strategy.root_device
     for batch in _batches_of_run(trainer):
         keys = pair_keys(batch)
-        if all(key in table for key in keys):
+        if everywhere(trainer, all(key in table for key in keys)):
             continue
         here = PreferenceBatch(batch.tokens.to(device))
         with trainer.precision_plugin.train_step_context():
@@ -118,6 +118,13 @@ def ask_about_run(trainer: Trainer, log_probs: Callable[[PreferenceBatch], Tenso
     table = merged_over_processes(table)
     rank_zero_info(f"reference log-probabilities: {len(table) - cached} pairs computed, {cached} read from {path}")
     return table
+
+
+def everywhere(trainer: Trainer, known: bool) -> bool:
+    """Whether a batch's pairs are known; of a sharded reference, on all processes, as none can ask it alone."""
+    if getattr(trainer.strategy, "sharding", None) is None:
+        return known
+    return bool(trainer.strategy.reduce_boolean_decision(known, all=True))
 
 
 def _batches_of_run(trainer: Trainer) -> Iterator[PreferenceBatch]:
