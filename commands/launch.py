@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from typing_extensions import override
 
+from callbacks.checkpoints.checkpoint_io import saved_step
 from callbacks.lightning_internals import before_connecting, cluster_environment
 from commands.members import Member, judge, told
 from commands.run_record import PACKAGES
@@ -80,7 +81,7 @@ def meet(trainer: Trainer, options: Options, checkpoint: str | None, *, patience
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             code=code_digest(),
             options=dict(options),
-            checkpoint=Path(checkpoint).name if checkpoint else "",
+            checkpoint=f"{Path(checkpoint).name} of step {saved_step(Path(checkpoint))}" if checkpoint else "",
         )
         address, port = environment.main_address, environment.main_port
         store = connect(address, port, trainer.global_rank, trainer.world_size, patience_s)

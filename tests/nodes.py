@@ -52,7 +52,7 @@ def torchrun(arguments: Sequence[str], node: int, port: int, *, tasks: int = TAS
     options = ["--nnodes", nodes, "--nproc-per-node", tasks, "--node-rank", node]
     options += ["--master-addr", HOSTS[0], "--master-port", port]
     return (
-        "set +e; "
+        ""
         + shlex.join([sys.executable, "-m", "torch.distributed.run", *map(str, options), "cli.py", *arguments])
         + "; code=$?; [ $code = 0 ] || exit $code"
     )
@@ -116,18 +116,21 @@ def printed(log: Path) -> str:
     return "".join(file.read_text(errors="replace") for file in sorted(log.parent.glob(f"{log.stem}.[0-9]")))
 
 
-def rehearse(folder: Path, method: str, launcher: str, *, sharded: bool, more: Sequence[str] = ()) -> tuple[bool, str]:
-    """Train on two nodes; whether both ended well, and what they printed."""
+def rehearse(folder: Path, method: str, launcher: str, *, sharded: bool) -> tuple[bool, str]:
+    """Train on two nodes, and go on for an epoch more; whether both ended well, and what they printed."""
     place = folder / method
     if not place.exists():
         make_material(place / "material")
     arguments = command(place / "material", place / "run", method, ranks=TASKS, sharded=sharded)
-    arguments += ["--trainer.num_nodes", "2", *([] if sharded else ["--trainer.strategy", "ddp"]), *more]
-    port = free_port()
-    scripts = [LAUNCHERS[launcher](arguments, node, port) for node in range(2)]
-    found = f"\nfind {place}/run {place}/cache -type f | sort | sed 's/^/there is /'"
+    arguments += ["--trainer.num_nodes", "2", *([] if sharded else ["--trainer.strategy", "ddp"])]
+    runs = [(arguments, free_port()), ([*arguments, "--trainer.max_epochs", "3"], free_port())]
+    scripts = []
+    for node in range(2):
+        lines = [f"( {LAUNCHERS[launcher](own, node, port)} ) || exit $?" for own, port in runs]
+        lines.append(f"find {place}/run {place}/cache | sort | sed 's/^/there is /'")
+        scripts.append("\n".join(lines))
     log = folder / f"{method}.log"
-    codes, seconds = ended(start([script + found for script in scripts], place, log=log))
+    codes, seconds = ended(start(scripts, place, log=log))
     print(f"{launcher:10} {method:14} {'sharded' if sharded else 'ddp':8} {codes!s:8} {seconds:4.0f} s", flush=True)
     return codes == [0, 0], printed(log)
 

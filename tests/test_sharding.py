@@ -122,17 +122,21 @@ import os, random, resource, signal, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from callbacks.checkpoints import sharded_checkpoint
-from callbacks.checkpoints.sharded_checkpoint import read_together, unusable_shards, write_shards
+from callbacks.checkpoints.sharded_checkpoint import named_tensors, read_together, write_shards
 from commands.checkpoints import resolve_checkpoint
 from core.errors import NotWrittenError
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 target, rng = folder / "last.ckpt", random.Random(0)
 def save(generation):
-    weights = {str(i): torch.full((20_000,), float(generation)) for i in range(5)}
-    optimizers = [{"w": {"step": torch.tensor(float(generation))}}]
-    content = {"generation": generation, "param_groups": [[{"params": ["w"], "lr": 0.5}]]}
-    write_shards({"state_dict": weights, "optimizers": optimizers}, content, target)
+    mesh = init_device_mesh("cpu", (1,))
+    parts = {str(i): torch.full((20_000,), float(generation)) for i in range(5)}
+    weights = {name: distribute_tensor(part, mesh, [Shard(0)]) for name, part in parts.items()}
+    optimizers = [{"0": {"step": torch.tensor(float(generation))}}]
+    content = {"generation": generation, "param_groups": [[{"params": ["0"], "lr": 0.5}]]}
+    write_shards(named_tensors(weights, optimizers), content, target)
 def connect():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def found():

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from callbacks.checkpoints.checkpoint_io import WholeCheckpointIO
+from callbacks.checkpoints.disks import write_on_every_disk
 from callbacks.lightning_internals import at_step_boundary, ends_epoch, validation_follows
 from core.errors import ConfigurationError, NotWrittenError
 from core.files import check_writable
@@ -65,6 +67,8 @@ class BoundaryCheckpoint(ModelCheckpoint):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the disk has room for what is saved first, so that one that fills up later costs a part of a run."""
+        if self.dirpath is not None:
+            write_on_every_disk(trainer, Path(self.dirpath))
         if self.dirpath is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         copies = 1 if any(Path(self.dirpath).glob("*.ckpt")) else 2  # the best and the last
@@ -200,7 +204,14 @@ def write(trainer: Trainer, save: Callable[[], None]) -> None:
         return
     with writer.noting():
         save()
-    if told := trainer.strategy.broadcast(str(writer.told or "")):
+    told = str(writer.told or "")
+    if trainer.num_nodes == 1:
+        told = trainer.strategy.broadcast(told)
+    elif dist.is_initialized():  # each machine may have written
+        every: list[Any] = [""] * trainer.world_size
+        dist.all_gather_object(every, told)
+        told = next(filter(None, every), "")
+    if told:
         raise NotWrittenError(told)
 
 

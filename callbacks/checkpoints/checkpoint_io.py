@@ -153,6 +153,15 @@ def unusable(path: Path, keys: tuple[str, ...]) -> str:
 
 def plain_values(path: Path, key: str) -> dict[str, Any]:
     """What a checkpoint holds under a key, without reading its tensors; empty where it has no such key."""
+    return dict(_content(path).get(key) or {})
+
+
+def saved_step(path: Path) -> int:
+    """After which optimiser step a checkpoint was saved."""
+    return int(_content(path).get("global_step", 0))
+
+
+def _content(path: Path) -> dict[str, Any]:
     file = path / CONTENT if path.is_dir() else path
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return dict(content.get(key) or {})
+    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return content

@@ -1,16 +1,18 @@
 """Checkpoints that are directories: every process writes its part of each tensor, and reads what it needs.
 
 The parts are torch's distributed checkpoint, of tensors alone. Beside them stands what is the same on all processes,
-and a list of all files with their sizes and checksums, which is written last of all.
+and a list of all files with their sizes and checksums, which is written last of all. Where machines have a disk each,
+each has such a directory, with the parts of its own processes.
 """
 
+import itertools
 import json
 import os
 import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from core.errors import ConfigurationError, NotWrittenError
@@ -37,54 +40,66 @@ CONTENT = "meta.pt"
 INDEX = ".metadata"
 """Which part of which tensor is where; torch's name for it."""
 FILES = "files.json"
-WEIGHTS, GROUPS = "weights", "param_groups"
-"""Names of the weights, and the optimisers' options, within what is the same on all processes."""
+WEIGHTS, GROUPS, TENSORS = "weights", "param_groups", "tensors"
+"""Names of weights, the optimisers' options and tensors that are whole, within what is the same on all processes."""
 BLOCK = 1 << 22
 
 
-def write_shards(tensors: Mapping[str, Any], content: Mapping[str, Any], target: Path) -> None:
+def named_tensors(weights: Mapping[str, Tensor], states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by one name each: weights by their own, and what optimisers keep of each weight."""
+    found = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    for number, state in enumerate(states):
+        for name, kept in state.items():
+            found |= {f"optimizer {number}/{name}/{key}": t for key, t in kept.items() if isinstance(t, Tensor)}
+    return found
+
+
+def write_shards(
+    tensors: Mapping[str, Tensor], content: Mapping[str, Any], target: Path, *, writes: bool | None = None
+) -> None:
     """Save a checkpoint that is there in full or not at all; every process calls this at the same point.
 
     Args:
-        tensors: Nested, of tensors of which each process has a part, or that are the same on all.
+        tensors: By name; those that are no DTensors are the same on all processes.
         content: Plain values, the same on all.
         target: The directory.
+        writes: Whether this process writes what is the same on all, as one on every disk does; the first of all by
+            default.
 
     Raises:
         NotWrittenError: On every process, if any of them cannot write; the one before is untouched.
     """
     partial = target.with_name(target.name + PARTIAL)
-    first = dist.get_rank() == 0
-    failure = ""
-    try:
-        failure = told_by_first(lambda: make_empty(partial))
-        if not failure:
-            try:
-                save(dict(tensors), storage_writer=Writer(partial))
-            except CheckpointException as error:
-                failure = disk_error(error)
-        if not failure:
-            failure = told_by_first(lambda: finish(partial, target, content))
-    finally:
-        if failure and first:
-            shutil.rmtree(partial, ignore_errors=True)
+    writes = dist.get_rank() == 0 if writes is None else writes
+    parts = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    alike = {name: tensor.cpu() for name, tensor in tensors.items() if name not in parts}
+    failure = told_by_any(lambda: make_empty(partial) if writes else None)
+    if not failure:
+        try:
+            index = save(parts, storage_writer=Writer(partial))
+        except CheckpointException as error:
+            failure = disk_error(error)
+    if not failure:
+        failure = told_by_any(lambda: finish(partial, target, {**content, TENSORS: alike}, index) if writes else None)
     if failure:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
         raise NotWrittenError(
             f"cannot write the checkpoint {target} ({failure}); the one before it is untouched: "
             "make room there or change checkpoint.dirpath, then go on with --ckpt_path last"
         )
 
 
-def told_by_first(work: Any) -> str:
-    """Have the first process do some work, and say on all of them why the disk did not let it; empty where it did."""
-    told = [""]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except OSError as error:
-            told = [error.strerror or str(error)]
-    dist.broadcast_object_list(told)
-    return told[0]
+def told_by_any(work: Callable[[], None]) -> str:
+    """Have every process do some work, and say on all of them why a disk did not let one; empty where it did."""
+    told = ""
+    try:
+        work()
+    except OSError as error:
+        told = error.strerror or str(error)
+    every: list[Any] = [""] * dist.get_world_size()
+    dist.all_gather_object(every, told)
+    return next(filter(None, every), "")
 
 
 class Writer(FileSystemWriter):
@@ -134,15 +149,21 @@ def make_empty(directory: Path) -> None:
     directory.mkdir()
 
 
-def finish(partial: Path, target: Path, content: Mapping[str, Any]) -> None:
+def finish(partial: Path, target: Path, content: Mapping[str, Any], index: Metadata) -> None:
     """Add what is the same on all processes and the list of files, and put the directory in its place."""
     with (partial / CONTENT).open("wb") as file:
         torch.save(dict(content), file)
         file.flush()
         os.fsync(file.fileno())
-    listed = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(partial.iterdir())}
+    if not (partial / INDEX).exists():  # which the first process has written, on its disk
+        with (partial / INDEX).open("wb") as file:
+            pickle.dump(index, file)
+            file.flush()
+            os.fsync(file.fileno())
+    here = {path.name: [path.stat().st_size, checksum(path)] for path in sorted(partial.iterdir())}
+    elsewhere = sorted(files_of(index) - set(here))
     with (partial / FILES).open("w", encoding="utf-8") as text:
-        json.dump(listed, text)
+        json.dump({"here": here, "elsewhere": elsewhere}, text)
         text.flush()
         os.fsync(text.fileno())
     sync_directory(partial)
@@ -151,6 +172,11 @@ def finish(partial: Path, target: Path, content: Mapping[str, Any]) -> None:
             target.unlink()
         partial.rename(target)
         sync_directory(target.parent)
+
+
+def files_of(index: Metadata) -> set[str]:
+    """The names of the files with parts."""
+    return {storage.relative_path for storage in index.storage_data.values()}
 
 
 @contextmanager
@@ -178,12 +204,13 @@ def checksum(path: Path) -> int:
     return value
 
 
-def read_shards(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+def read_shards(source: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> dict[str, Any]:
     """Fill tensors in place with what a checkpoint has of them, on any number of processes.
 
     Args:
         source: The directory.
-        tensors: Nested as they were saved; each process gets its own part.
+        tensors: By the names that they were saved under; each process gets its own part.
+        alone: Whether other processes have nothing to do with it.
 
     Returns:
         What is the same on all processes.
@@ -193,43 +220,61 @@ def read_shards(source: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     """
     if reason := unusable_shards(source):
         raise ConfigurationError(f"the checkpoint {source} cannot be used: {reason}; name another with --ckpt_path")
+    content: dict[str, Any] = torch.load(source / CONTENT, map_location="cpu", weights_only=True)
+    alike = content.pop(TENSORS)
+    parts = {name: tensor for name, tensor in tensors.items() if name not in alike}
     try:
-        load(tensors, storage_reader=FileSystemReader(source))
-    except CheckpointException as error:
-        told = next(iter(error.failures.values()))[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(parts, storage_reader=FileSystemReader(source), no_dist=alone)
+        for name in tensors.keys() - parts.keys():
+            tensors[name].copy_(alike[name])
+    except (CheckpointException, RuntimeError) as error:
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        cause = next(iter(failures.values()))[0]
+        if isinstance(cause, FileNotFoundError):
+            raise ConfigurationError(
+                f"{cause.filename} is on another machine's disk; go on with as many processes as before, or copy "
+                f"{source.name} of all machines into one"
+            ) from error
         raise ConfigurationError(
-            f"the checkpoint {source} is of another model ({str(told).splitlines()[0]}); change --ckpt_path or "
+            f"the checkpoint {source} is of another model ({str(cause).splitlines()[0]}); change --ckpt_path or "
             "--model.model_name"
         ) from error
-    content: dict[str, Any] = torch.load(source / CONTENT, map_location="cpu", weights_only=True)
     return content
 
 
 def read_together(source: Path) -> dict[str, Any]:
     """A checkpoint that is usable, as the file of one process would hold it: all tensors whole, on the CPU."""
-    metadata = FileSystemReader(source).read_metadata()
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
-        load(tensors, storage_reader=FileSystemReader(source), no_dist=True)
-    content: dict[str, Any] = torch.load(source / CONTENT, map_location="cpu", weights_only=True)
-    found: dict[tuple[Any, ...], Tensor] = {metadata.planner_data[name]: value for name, value in tensors.items()}
-    content["state_dict"] = {path[1]: value for path, value in found.items() if path[0] == "state_dict"}
-    content["optimizer_states"] = []
-    for number, groups in enumerate(content[GROUPS]):
-        names = [name for group in groups for name in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for path, value in found.items():
-            if path[:2] == ("optimizers", number):
-                state.setdefault(names.index(path[2]), {})[path[3]] = value
-        places = iter(range(len(names)))
-        numbered = [{**group, "params": [next(places) for _ in group["params"]]} for group in groups]
-        content["optimizer_states"].append({"state": state, "param_groups": numbered})
+    alike = torch.load(source / CONTENT, map_location="cpu", weights_only=True)[TENSORS]
+    tensors = {name: torch.empty_like(tensor) for name, tensor in alike.items()}
+    for name, entry in FileSystemReader(source).read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    content = read_shards(source, tensors, alone=True)
+    content["state_dict"] = {n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")}
+    content["optimizer_states"] = [
+        {"state": state_by_number(tensors, f"optimizer {number}/", groups), "param_groups": numbered(groups)}
+        for number, groups in enumerate(content[GROUPS])
+    ]
     return content
+
+
+def state_by_number(tensors: Mapping[str, Tensor], prefix: str, groups: Sequence[Any]) -> dict[int, dict[str, Tensor]]:
+    """What an optimiser keeps, by the numbers that it has for weights in the place of their names."""
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
+    state: dict[int, dict[str, Tensor]] = {}
+    for place, tensor in tensors.items():
+        if place.startswith(prefix):
+            name, key = place.removeprefix(prefix).rsplit("/", 1)
+            state.setdefault(numbers[name], {})[key] = tensor
+    return state
+
+
+def numbered(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """An optimiser's groups with numbers for the names of weights."""
+    numbers = itertools.count()
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
 
 
 def unusable_shards(directory: Path) -> str:
@@ -245,14 +290,14 @@ def unusable_shards(directory: Path) -> str:
         if not all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()):
             return damaged
         listed = json.loads((directory / FILES).read_text("utf-8"))
-        for name, (size, crc) in listed.items():
+        for name, (size, crc) in listed["here"].items():
             path = directory / name
             if path.name != name or path.stat().st_size != size or checksum(path) != crc:
                 return f"{name} in it is damaged"
-        named = {storage.relative_path for storage in index.storage_data.values()} | {INDEX, CONTENT}
+        whole = files_of(index) | {INDEX, CONTENT} <= {*listed["here"], *listed["elsewhere"]}
     except Exception:  # whatever a hostile or foreign file can raise
         return damaged
-    return "" if named <= set(listed) else damaged
+    return "" if whole else damaged
 
 
 class IndexUnpickler(pickle.Unpickler):

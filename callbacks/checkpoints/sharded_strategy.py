@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from callbacks.checkpoints.sharded_checkpoint import GROUPS, WEIGHTS, read_shards, write_shards
+from callbacks.checkpoints.sharded_checkpoint import GROUPS, WEIGHTS, named_tensors, read_shards, write_shards
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 from lightning_modules.models.sharding import Sharding
@@ -39,6 +39,8 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout_s: float = 1800.0,
     ) -> None:
         super().__init__(data_parallel_size, tensor_parallel_size, timeout=timedelta(seconds=timeout_s))
+        self.writes: bool | None = None
+        """Whether this process writes what is the same on all; None for the first one alone."""
 
     def check_options(self, module: FineTuningModule) -> None:
         """What can be wrong before any process is started.
@@ -105,9 +107,12 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> None:
         """Write a directory: every process's parts of weights and optimiser, and beside them what all have alike."""
         weights, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
-        tensors = {"state_dict": weights, "optimizers": [state["state"] for state in optimizers]}
         groups = [state["param_groups"] for state in optimizers]
-        write_shards(tensors, {**checkpoint, WEIGHTS: sorted(weights), GROUPS: groups}, Path(filepath))
+        content = {**checkpoint, WEIGHTS: sorted(weights), GROUPS: groups}
+        tensors = named_tensors(weights, [state["state"] for state in optimizers])
+        write_shards(
+            tensors, content, Path(filepath), writes=self.is_global_zero if self.writes is None else self.writes
+        )
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -115,11 +120,11 @@ class ShardedStrategy(ModelParallelStrategy):
         assert module is not None
         assert model is not None
         optimizers = [plain(optimizer) for optimizer in self.optimizers]
-        states = [get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
-        tensors: dict[str, Any] = {"state_dict": module.state_dict(), "optimizers": [s["state"] for s in states]}
-        content = read_shards(Path(checkpoint_path), tensors)
-        module.load_state_dict(tensors["state_dict"], strict=module.strict_loading)
-        for optimizer, state, groups in zip(optimizers, tensors["optimizers"], content[GROUPS], strict=True):
+        weights = module.state_dict()
+        states: list[Any] = [get_optimizer_state_dict(model, optimizer)["state"] for optimizer in optimizers]
+        content = read_shards(Path(checkpoint_path), named_tensors(weights, states))
+        module.load_state_dict(weights, strict=module.strict_loading)
+        for optimizer, state, groups in zip(optimizers, states, content[GROUPS], strict=True):
             set_optimizer_state_dict(model, optimizer, optim_state_dict={"state": state, "param_groups": groups})
         return content
 
