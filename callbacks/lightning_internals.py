@@ -130,7 +130,7 @@ def install_signals(trainer: Trainer, signals: SignalConnector) -> None:
 
 
 def requeued_from(trainer: Trainer) -> str | None:
-    """The checkpoint that SLURM's requeue left in the run's folder, which a fit goes on from before any other."""
+    """The checkpoint that SLURM's requeue left in the run's folder, which a fit goes on from where none is named."""
     return trainer._checkpoint_connector._hpc_resume_path
 
 

@@ -43,7 +43,7 @@ class ExactResume(Callback):
         """Read the checkpoint, and have the data begin where it ends, before any model is loaded."""
         if stage != "fit":
             return
-        path = requeued_from(trainer) or self.ckpt_path
+        path = self.ckpt_path or requeued_from(trainer)
         self._found = plain_values(Path(path), KEY) if path else {"log": {}}
         if not self._found:
             rank_zero_warn(f"{path} does not say where in its data the run was; its epoch begins anew")
