@@ -1,6 +1,8 @@
-"""How much memory this process has taken at most, since it was first asked."""
+"""How much memory this process has taken at most since it was first asked, and what a device has left."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -32,3 +34,13 @@ def resident(field: str) -> int:
     """Bytes that the kernel has under the field; 0 where there is no such file."""
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def free_bytes(device: Any) -> float:
+    """What a tensor may still take on torch's device, if a GPU, the allocator's own reserve included; else no limit."""
+    if device.type != "cuda":
+        return math.inf
+    import torch
+
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + reserve)

@@ -1,13 +1,16 @@
 """Validation figures on one process and on several, for few rows: the largest difference of any figure.
 
-python -m tests.shards --rows 1 2 3 4 5 6 7 8 9 --ranks 2 3 [--sharded]
+python -m tests.shards --rows 1 2 3 4 5 6 7 8 9 --ranks 2 3 [--sharded [--cramped]]
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -21,7 +24,7 @@ TOLERANCE = 1e-6
 
 
 def figures(
-    directory: Path, method: str, *, rows: int, ranks: int, budget: int | None, sharded: bool
+    directory: Path, method: str, *, rows: int, ranks: int, budget: int | None, sharded: bool, cramped: bool
 ) -> dict[str, float]:
     """What ``validate`` finds, with everything on the first rows alone."""
     run = directory / f"{method}-{rows}-{ranks}-{budget}"
@@ -31,7 +34,8 @@ def figures(
     arguments += ["--trainer.limit_val_batches", "1.0"]
 
     def judged() -> int:
-        with comparable():
+        room = mock.patch("lightning_modules.models.sharding.free_bytes", return_value=0.0 if cramped else math.inf)
+        with comparable(), room:
             return cli_main(arguments)
 
     log = directory / "log.txt"
@@ -52,6 +56,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(1, 10)))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
+    parser.add_argument("--cramped", action="store_true", help="let no process have room for a copy of the whole")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = False
@@ -62,7 +67,12 @@ def main() -> int:
         for method in options.methods:
             for budget in (None,) if method == "RLOOModule" else (None, 150):
                 for rows in options.rows:
-                    how = {"rows": rows, "budget": budget, "sharded": options.sharded}
+                    how: dict[str, Any] = {
+                        "rows": rows,
+                        "budget": budget,
+                        "sharded": options.sharded,
+                        "cramped": options.cramped,
+                    }
                     alone = figures(directory, method, ranks=1, **how)
                     for ranks in options.ranks:
                         found = figures(directory, method, ranks=ranks, **how)

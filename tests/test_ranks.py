@@ -99,6 +99,26 @@ def test_validation_figures_are_the_same_on_one_to_three_processes(method: str) 
     in_a_process_of_its_own("tests.shards", "--methods", method, "--rows", "1", "2", "4", "7")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [True, False])
+def test_validation_figures_are_the_same_where_three_processes_share_a_model(room: bool) -> None:
+    """With a copy of the whole to sample from, and gathering layer by layer for every token."""
+    more = ["--methods", "SFTModule", "RLOOModule"] if room else ["--cramped", "--methods", "RLOOModule"]
+    in_a_process_of_its_own("tests.shards", "--sharded", "--ranks", "3", "--rows", "1", "4", "7", *more)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_those_that_share_its_model_at_once() -> None:
+    cases = ["reward-raises", "killed-in-sampling", "evaluation-raises", "killed-in-a-step"]
+    in_a_process_of_its_own("tests.hangs", "--sharded", "--cases", *cases)
+
+
+@pytest.mark.slow
+def test_runs_that_share_a_model_and_are_killed_go_on_exactly() -> None:
+    options = ["--ranks", "2", "--sharded", "--workers", "0", "--kills", "2"]
+    in_a_process_of_its_own("tests.kills", *options, "--methods", "SFTModule", "RLOOModule")
+
+
 @pytest.mark.parametrize("count", range(1, 10))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -2,7 +2,8 @@
 
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from lightning_modules.base import FineTuningModule
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.identity import directory_digest, weights_digest
 from lightning_modules.models.loading import load_causal_lm
+from lightning_modules.models.sharding import gathered, working_dtype
 
 
 class Decoding(NamedTuple):
@@ -35,7 +37,7 @@ class Completer:
 
     Args:
         trainer: The run.
-        load: Gives the model; not called where all completions are kept.
+        models: Opens what gives the model, which is not asked for it where all completions are kept.
         tokenizer: The model's.
         digest: Of the model's content.
         title: Of the progress bar.
@@ -47,7 +49,7 @@ class Completer:
     def __init__(
         self,
         trainer: Trainer,
-        load: Callable[[], PreTrainedModel],
+        models: Callable[[], AbstractContextManager[Callable[[], PreTrainedModel]]],
         tokenizer: PreTrainedTokenizerBase,
         *,
         digest: str,
@@ -57,7 +59,7 @@ class Completer:
         cache: EvaluationCache,
     ) -> None:
         self.trainer = trainer
-        self.model = functools.cache(load)
+        self.models = models
         self.tokenizer = tokenizer
         self.digest = digest
         self.title = title
@@ -68,9 +70,10 @@ class Completer:
     def __call__(self, prompts: Mapping[int, list[Message]]) -> list[Side]:
         """A completion for each prompt, given by its number in the evaluation."""
         arithmetic = f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
-        with progress(self.trainer, self.title, len(prompts), "prompt") as bar:
+        bars = progress(self.trainer, self.title, len(prompts), "prompt")
+        with bars as bar, self.models() as model:
             return complete(
-                self._sample,
+                functools.partial(self._sample, model),
                 self.tokenizer,
                 prompts,
                 model_digest=f"{self.digest} {arithmetic}",
@@ -80,11 +83,10 @@ class Completer:
                 on_completion=bar.update,
             )
 
-    def _sample(self, prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
-        model = self.model()
+    def _sample(self, model: Callable[[], PreTrainedModel], prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
         with self.trainer.precision_plugin.forward_context():
             return sample_completions(  # type: ignore[no-any-return]
-                model,
+                model(),
                 prompt_ids,
                 max_completion_length=self.decoding.max_completion_length,
                 stop_token_ids=stop_token_ids(self.tokenizer),
@@ -95,14 +97,13 @@ class Completer:
 
 
 def completers(
-    trainer: Trainer, module: FineTuningModule, policy: PreTrainedModel, reference_model: str | None, **options: Any
+    trainer: Trainer, module: FineTuningModule, reference_model: str | None, **options: Any
 ) -> tuple[Completer, Completer]:
     """The policy's, and that of the reference: the named one, or the starting policy.
 
     Args:
         trainer: The run.
         module: With the policy and its tokenizer.
-        policy: As each process can run it alone.
         reference_model: Hub id or directory, with a tokenizer of its own.
         options: Of Completer that both have.
     """
@@ -112,13 +113,18 @@ def completers(
 
     def load_reference() -> PreTrainedModel:
         model = load_causal_lm(name, tokenizer, option="evaluation.reference_model").eval()
-        return model.to(device=module.device, dtype=policy.dtype)  # type: ignore[arg-type, no-any-return]
+        return model.to(device=module.device, dtype=working_dtype(module.model))  # type: ignore[arg-type, no-any-return]
+
+    @contextmanager
+    def policy() -> Iterator[Callable[[], PreTrainedModel]]:
+        with gathered(module.model) as model:
+            yield lambda: model
 
     own: dict[str, Any] = {"digest": weights_digest(module.model), "title": "policy completions"}
     reference: dict[str, Any] = {"digest": directory_digest(name), "title": "reference completions"}
     return (
-        Completer(trainer, lambda: policy, module.tokenizer, **own, **options),
-        Completer(trainer, load_reference, tokenizer, **reference, **options),
+        Completer(trainer, policy, module.tokenizer, **own, **options),
+        Completer(trainer, lambda: nullcontext(functools.cache(load_reference)), tokenizer, **reference, **options),
     )
 
 

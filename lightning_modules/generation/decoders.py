@@ -1,6 +1,5 @@
 """How a model completes prompts: its own decode step where the architecture is known, else transformers' forward."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,10 +8,13 @@ from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from typing_extensions import override
 
+from core.memory import free_bytes
 from lightning_modules.forward.completions import position_ids
 from lightning_modules.generation.family_decoder import FamilyDecoder, compute_dtype
 from lightning_modules.models.adapters import merges
+from lightning_modules.models.sharding import go_on, sharding_of
 
 FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -48,7 +50,7 @@ def decodes(model: PreTrainedModel) -> bool:
         and not windowed
         and all(merges(linear) for linear in _projections(model))  # no quantisation
         and type(model.lm_head) is nn.Linear
-        and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing sharded
+        and all(type(parameter) is nn.Parameter for parameter in model.parameters())  # nothing quantised or sharded
         and {parameter.device for parameter in model.parameters()} == {model.device}
     )
 
@@ -67,6 +69,8 @@ def decoder(
     max_completion_length: int,
 ) -> Decoder:
     """The fastest decoder that computes what the model computes."""
+    if sharding_of(model) is not None:
+        return ShardedDecoder(model, prompt_ids, samples_per_prompt=samples_per_prompt)
     if decodes(model) and has_room(model):
         return FamilyDecoder(
             model, prompt_ids, samples_per_prompt=samples_per_prompt, max_completion_length=max_completion_length
@@ -92,14 +96,6 @@ def copied_bytes(model: Any) -> int:
     linears = [*_projections(model), model.lm_head]
     copied = [layer for layer in linears if hasattr(layer, "lora_A") or layer.weight.dtype != dtype]
     return int(sum(layer.weight.numel() for layer in copied)) * dtype.itemsize
-
-
-def free_bytes(device: torch.device) -> float:
-    """What a tensor may still take on a GPU, the allocator's own reserve included; no limit elsewhere."""
-    if device.type != "cuda":
-        return math.inf
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + reserve)
 
 
 class TransformersDecoder:
@@ -145,6 +141,15 @@ class TransformersDecoder:
             use_cache=True,
         ).logits
         return logits[:, -1]
+
+
+class ShardedDecoder(TransformersDecoder):
+    """The same of a model that is too large for a device: all who share it make every pass together."""
+
+    @override
+    def _forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+        go_on(self.model)
+        return super()._forward(ids)
 
 
 def left_padded(

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from core.errors import ConfigurationError
+from core.memory import free_bytes
 from lightning_modules.models.adapters import merged_weights
 
 
@@ -114,15 +117,59 @@ def assembled(model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedM
 
 @contextmanager
 def gathered(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model meanwhile as each process can run it alone: itself, or of a sharded one a copy that is whole.
+    """The model meanwhile as each process can sample from it at its own pace: itself, or of a sharded one a copy.
 
-    A copy has the weights of now, an adapter among them, in what they are multiplied in. Its memory is given back at
-    the end. Every process must ask at the same point; within, none waits for another.
+    A copy is whole and has the weights of now, an adapter among them, in what they are multiplied in; its memory is
+    given back at the end. Where a device has no room for it, the model itself is given, and what runs it must
+    :func:`go_on` before each pass: layers are then gathered pass by pass, and a process that is done passes idly until
+    all are.
+
+    Every process must come and go at the same point; within, none waits for another that has a copy.
     """
     sharding = sharding_of(model)
     if sharding is None:
         yield model
-        return
-    with torch.no_grad():
-        copy = assembled(model, dict(merged_weights(model, sharding.compute)))
-    yield copy.train(model.training)
+    elif has_room(model, sharding):
+        with torch.no_grad():
+            copy = assembled(model, dict(merged_weights(model, sharding.compute)))
+        yield copy.train(model.training)
+    else:
+        try:
+            yield model
+        finally:
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            while go_on(model, here=False):
+                with torch.no_grad():
+                    model(input_ids=ids, use_cache=False)
+
+
+def has_room(model: PreTrainedModel, sharding: Sharding) -> bool:
+    """Whether every process that shares the model has room for all of it."""
+    needed = sum(p.numel() * (sharding.compute or p.dtype).itemsize for p in model.parameters())
+    if over_shards(model, float(free_bytes(model.device) >= needed), dist.ReduceOp.MIN):
+        return True
+    rank_zero_warn(
+        f"sampling gathers each layer for each token, which is slow: a GPU has no room for the {needed / 1e9:.1f} GB "
+        "of a whole copy; a smaller data.batch_size makes room"
+    )
+    return False
+
+
+def go_on(model: PreTrainedModel, *, here: bool = True) -> bool:
+    """Whether any process that shares the model has another pass to make; all then make one."""
+    return over_shards(model, float(here), dist.ReduceOp.MAX) > 0
+
+
+def over_shards(model: PreTrainedModel, value: float, operation: Any) -> float:
+    """The least or greatest of a value over the processes that share the model."""
+    sharding = sharding_of(model)
+    assert sharding is not None
+    found = torch.tensor(value, device=model.device)
+    dist.all_reduce(found, operation, group=sharding.mesh.get_group(sharding.mesh.ndim - 1))
+    return float(found)
+
+
+def working_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What a copy of the model, or the model where it is whole, has its weights in."""
+    sharding = sharding_of(model)
+    return model.dtype if sharding is None or sharding.compute is None else sharding.compute
