@@ -63,6 +63,8 @@ class Run(NamedTuple):
     distributed: bool
     evaluation: Any
     """The evaluation callback; None where nothing is evaluated."""
+    shards: int = 1
+    """How many processes share the weights."""
 
 
 def moments(run: Run) -> list[Moment]:
@@ -87,11 +89,14 @@ class Account:
         self.chunk_bytes = CHUNK_BYTES[run.device]
         self.trained = self.traced.trained
         self.weight_bytes = 2 if run.precision in TRUE else 4
-        self.gradients = self.trained.times(self.weight_bytes)
-        self.optimiser = self.trained.times(optimiser_bytes(self.module))
-        self.buckets = self.gradients if run.distributed else Size(0)
-        self.weights = self.policy_bytes()
-        self.reference = self.reference_bytes()
+        self.compute_bytes = 2 if run.precision in (*HALF, *TRUE) else 4
+        part = 1 / run.shards
+        self.gradients = self.trained.times(self.weight_bytes * part)
+        self.optimiser = self.trained.times(optimiser_bytes(self.module) * part)
+        self.buckets = self.gradients if run.distributed and run.shards == 1 else Size(0)
+        self.gathered = self.gathered_bytes() if run.shards > 1 else Size(0)
+        self.weights = self.policy_bytes().times(part)
+        self.reference = self.reference_bytes().times(part)
         self.reward = reward_bytes(getattr(self.module, "reward", None))
 
     def trace(self) -> Traced:
@@ -133,6 +138,7 @@ class Account:
     def standing(self) -> dict[str, Size]:
         """What stands from the first step on."""
         parts = {"weights": self.weights, "optimiser": self.optimiser, "DDP's buckets": self.buckets}
+        parts["gathered weights"] = self.gathered
         if self.run.device == "cpu":
             samples = SAMPLING if self.samples() else 0
             parts["tokenizers and libraries"] = Size(LIBRARIES + samples + 2 * WORD * self.vocabulary)
@@ -144,6 +150,7 @@ class Account:
         """The files beside the weights that are made of them."""
         copies = 2 if isinstance(self.module, RLOOModule) and self.reference.all else 1
         files = Size(file_bytes(self.module.loaded_name))
+        copies *= self.run.shards if self.run.device == "cpu" else 1  # each process loads all, in the machine's memory
         return Moment("loading", {"weights": self.weights.times(copies), "files": files})
 
     def forward(self) -> Moment:
@@ -156,7 +163,7 @@ class Account:
 
     def backward(self) -> Moment:
         """The backward pass at its largest; gradients come as activations go."""
-        parts = self.standing() | {"activations and gradients": self.traced.backward}
+        parts = self.standing() | {"activations and gradients": self.backward_bytes()}
         parts["gradients"] = self.gradients if self.run.accumulates else Size(0)
         return Moment("backward pass", parts)
 
@@ -200,17 +207,34 @@ class Account:
     def sampler(self, rows: int, length: int) -> dict[str, Size]:
         """The decoder's own weights, its cache, and a step's logits with what is drawn from them."""
         config = self.config.get_text_config()
-        half = self.run.precision in (*HALF, *TRUE)
-        size = 2 if half else 4
+        size = self.compute_bytes
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         capacity = math.ceil(length / BLOCK) * BLOCK
-        copied = self.run.device == "cpu" or half or self.module.lora is not None
+        copied = self.run.device == "cpu" or size == 2 or self.module.lora is not None
+        copies = int(copied) + (self.run.shards > 1)
+        if self.run.device == "cuda" and self.run.shards > 1:
+            copies = 1  # what is gathered is in what the decoder computes in
         return {
-            "sampler's weights": self.traced.parameters.times(size) if copied else Size(0),
+            "sampler's weights": self.traced.parameters.times(size * copies),
             "sampler's cache": sized(2 * int(config.num_hidden_layers) * rows * heads * capacity * width * size),
             "logits": sized(rows * self.vocabulary * 4).times(3),
         }
+
+    def gathered_bytes(self) -> Size:
+        """Of a sharded model what stands whole in a pass: embeddings and head, a layer and the next one."""
+        config = self.config.get_text_config()
+        heads = 1 if getattr(config, "tie_word_embeddings", False) else 2
+        layers = added([self.traced.parameters, self.traced.largest.times(-heads)]).times(1 / config.num_hidden_layers)
+        gathered = added([self.traced.largest.times(heads), layers.times(2)]).times(self.compute_bytes)
+        return added([gathered, layers.times(4)])  # and a layer's gradients, until they are sent
+
+    def backward_bytes(self) -> Size:
+        """Activations, and gradients as they come; of a sharded model no more than this process's part of those."""
+        if self.run.shards == 1:
+            return self.traced.backward
+        sent = self.gradients.times(1 - self.run.shards)
+        return max(self.traced.early, added([self.traced.late, sent]), key=lambda size: size.all)
 
     def policy_bytes(self) -> Size:
         """Of the model that is trained."""

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from callbacks.checkpoints.sharded_strategy import ShardedStrategy
 from commands.lightning import SuiteCLI
 from commands.planning.batch import Largest, largest_batch
 from commands.planning.memory import Account, Moment, Run
@@ -37,6 +38,7 @@ def planned(settings: SuiteCLI, device: str, **changes: Any) -> Plan:
         accumulates=trainer.accumulate_grad_batches > 1,
         distributed=count > 1,
         evaluation=settings.evaluation(),
+        shards=shards(trainer.strategy, count),
     )
     account = Account(run)
     done = work(data, module, trainer, settings.evaluation(), batch, count)
@@ -48,6 +50,14 @@ def device_of(settings: SuiteCLI, *, planned_for: float | None = None) -> str:
     accelerator = settings.option("trainer.accelerator")
     there = planned_for is not None or torch.cuda.is_available()
     return "cuda" if accelerator in ("gpu", "cuda") or (accelerator != "cpu" and there) else "cpu"
+
+
+def shards(strategy: Any, processes: int) -> int:
+    """How many processes share a copy of the weights."""
+    if not str(getattr(strategy, "class_path", "")).endswith(f".{ShardedStrategy.__name__}"):
+        return 1
+    size = strategy.init_args.data_parallel_size
+    return processes if size == "auto" else int(size)
 
 
 def processes(settings: SuiteCLI, device: str) -> int:
