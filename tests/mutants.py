@@ -679,6 +679,62 @@ OWN = [
     ),
     Mutant("commands/planning/trace.py", "self._sizes.pop(key, 0)).times(-1)", "0).times(-1)", "tests/test_plan.py"),
     Mutant("commands/push.py", "private=not public", "private=public", "tests/test_push.py"),
+    Mutant(
+        "lightning_modules/forward/completions.py",
+        "states: Tensor = run(model, body, **model_inputs(flat)).last_hidden_state[0]",
+        "states: Tensor = body(**model_inputs(flat)).last_hidden_state[0]",
+        "tests/test_batch_splitting.py -k two_ranks",
+    ),
+    Mutant(
+        "lightning_modules/optimiser_step.py",
+        "norm = whole(torch.nn.utils.get_total_norm(gradients))",
+        "norm = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])",
+        "tests/test_sharding.py -k one_exports_the_same",
+    ),
+    Mutant(
+        BASE,
+        "self._counts = own is None or batch_idx < own.counted_batches",
+        "pass",
+        "tests/test_ranks.py -k fewer_rows",
+    ),
+    Mutant(SHARDS, "or checksum(path) != crc", "", "tests/test_checkpoint_io.py -k sharded"),
+    Mutant(
+        SHARDS,
+        "if not all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()):",
+        "if False:",
+        "tests/test_checkpoint_io.py -k sharded",
+    ),
+    Mutant(
+        SHARDS,
+        "            replaced.rename(target)\n        raise",
+        "            pass\n        raise",
+        "tests/test_sharding.py -k full_disk",
+    ),
+    Mutant(
+        SHARDS,
+        "state.setdefault(numbers[name], {})[key] = tensor",
+        "state.setdefault(0, {})[key] = tensor",
+        "tests/test_sharding.py -k one_exports_the_same",
+    ),
+    Mutant("datamodules/position.py", " // multiple * multiple", "", "tests/test_sharding.py -k another_number"),
+    Mutant(
+        "callbacks/checkpoints/exact_resume.py",
+        "counts.update(dict.fromkeys(counts, self._moved.batches))",
+        "pass",
+        "tests/test_sharding.py -k goes_on_with",
+    ),
+    Mutant(
+        "commands/members.py", "if member.code != first.code:", "if False:", "tests/test_launch.py -k ends_on_every"
+    ),
+    Mutant(
+        "commands/members.py", 'member.device.startswith("cuda")', "False", "tests/test_launch.py -k names_the_process"
+    ),
+    Mutant(
+        "commands/launch.py",
+        "if digest != first[name]:",
+        "if False:",
+        "tests/test_launch.py -k ends_on_every",
+    ),
 ]
 """Defects in what was written since."""
 

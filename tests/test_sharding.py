@@ -81,6 +81,27 @@ def test_a_reference_that_one_process_knows_enough_of_is_asked_by_both(config: A
     assert read_table(table) == known
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_one_process_goes_on_with_a_run_of_two_behind_the_rows_that_they_have_seen(
+    config: Any, tmp_path: Path, cli: Cli
+) -> None:
+    """Of seven rows four are seen in two steps of two, so there are three left."""
+    trainer = {"log_every_n_steps": 1, "limit_val_batches": 0}
+    saves = {"monitor": None, "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    path = config("SFTModule", trainer=trainer, evaluation={"num_prompts": 0}, checkpoint=saves)
+    arguments = ["fit", "--config", path, "--data.batch_size", "1"]
+    stopped = launch(*arguments, *OVERLAY, "--trainer.devices", "2", "--trainer.max_steps", "2")
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    second = tmp_path / "run" / "checkpoints" / "step=2.ckpt"
+    moved = ["--model.gradient_checkpointing", "true", "--ckpt_path", str(second)]
+    with pytest.warns(
+        UserWarning, match="is of a run on 2 processes, this one has 1: it goes on from the same weights"
+    ):
+        assert cli(*arguments, *moved, *ALONE).returncode == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in logged if "train/loss" in line] == [(n, 0) for n in range(5)]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("cli")
