@@ -80,14 +80,25 @@ def main(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: no command {command!r}; {hint}", file=sys.stderr)
         return 2
-    if command not in ("fit", "validate", "serve-reward"):
+    if command in ("fit", "validate"):
+        from commands.first_look import check as look
+
+        look(command, rest)
+        rest = [command, *rest]
+    elif command != "serve-reward":
         from commands.options import check
 
         check(command, rest)
-    if command in ("fit", "validate"):
-        rest = [command, *rest]
+    say_that_it_loads(command)
     sys.argv = [sys.argv[0], *rest]  # what the parsers read, and what DDP starts its other processes with
     return run(command, debug=debug)
+
+
+def say_that_it_loads(command: str) -> None:
+    """A line at once, where what follows takes seconds, and a person waits who has seen nothing yet."""
+    launched = any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+    if command not in ("configs", "compare") and sys.stderr.isatty() and not launched:
+        print("loading ...", file=sys.stderr, flush=True)
 
 
 def start(command: str) -> None:

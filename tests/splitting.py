@@ -89,6 +89,7 @@ def command(
             "devices": ranks,
             **({"strategy": SHARDED if sharded else "ddp"} if ranks > 1 or sharded else {}),
             "max_epochs": 10 if moves else 1,
+            "gradient_clip_val": 0.1 if moves else None,
             "limit_val_batches": 0,
             "accumulate_grad_batches": accumulate,
             "enable_model_summary": False,

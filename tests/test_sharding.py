@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from callbacks.checkpoints.checkpoint_io import plain_values
+from callbacks.checkpoints.exact_resume import KEY
 from datamodules.position import Position
 from lightning_modules.models.reference_cache import read_table
 from tests.command_line import Cli, assert_refused
@@ -100,6 +102,7 @@ def test_one_process_goes_on_with_a_run_of_two_behind_the_rows_that_they_have_se
         assert cli(*arguments, *moved, *ALONE).returncode == 0
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in logged if "train/loss" in line] == [(n, 0) for n in range(5)]
+    assert plain_values(second.with_name("step=3.ckpt"), KEY)["position"] == [0, 5], "from where it would go on again"
 
 
 @pytest.mark.slow
