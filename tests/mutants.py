@@ -714,7 +714,7 @@ OWN = [
         SHARDS,
         "state.setdefault(numbers[name], {})[key] = tensor",
         "state.setdefault(0, {})[key] = tensor",
-        "tests/test_sharding.py -k one_exports_the_same",
+        "tests/test_sharding.py -k full_disk",
     ),
     Mutant("datamodules/position.py", " // multiple * multiple", "", "tests/test_sharding.py -k another_number"),
     Mutant(

@@ -158,8 +158,9 @@ def save(generation):
     mesh = init_device_mesh("cpu", (1,))
     parts = {str(i): torch.full((20_000,), float(generation)) for i in range(5)}
     weights = {name: distribute_tensor(part, mesh, [Shard(0)]) for name, part in parts.items()}
-    optimizers = [{"0": {"step": torch.tensor(float(generation))}}]
-    content = {"generation": generation, "param_groups": [[{"params": ["0"], "lr": 0.5}]]}
+    optimizers = [{name: {"step": torch.tensor(float(generation + int(name)))} for name in weights}]
+    groups = [{"params": ["1", "0"], "lr": 0.5}, {"params": ["2", "3", "4"], "lr": 0.25}]
+    content = {"generation": generation, "param_groups": [groups]}
     write_shards(named_tensors(weights, optimizers), content, target)
 def connect():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -169,8 +170,9 @@ def found():
     generation = content["generation"]
     assert all(torch.all(w == generation) for w in content["state_dict"].values()) and len(content["state_dict"]) == 5
     (optimizer,) = content["optimizer_states"]
-    assert optimizer["state"] == {0: {"step": torch.tensor(float(generation))}}
-    assert optimizer["param_groups"] == [{"params": [0], "lr": 0.5}]
+    steps = [generation + number for number in (1, 0, 2, 3, 4)]  # in the order in which the groups name them
+    assert optimizer["state"] == {n: {"step": torch.tensor(float(step))} for n, step in enumerate(steps)}
+    assert optimizer["param_groups"] == [{"params": [0, 1], "lr": 0.5}, {"params": [2, 3, 4], "lr": 0.25}]
     return generation, place
 beside = 0
 for number in range(kills):
