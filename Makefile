@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test slow mutants check fmt bench
+.PHONY: help setup demo test slow mutants check fmt bench docs
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,3 +43,7 @@ fmt: $(READY) ## Format the code and mend what the linter can
 
 bench: $(READY) ## Measure speed and memory against TRL (benchmarks/README.md)
 	$(BIN)/python -m benchmarks.run
+
+docs: $(READY) ## Make the pages of docs/ a site, in outputs/site
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	$(BIN)/python -m mkdocs build --strict --quiet
