@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from callbacks.evaluation.cache import ScoreMemory, open_cache
-from callbacks.evaluation.completions import Decoding, completers, progress
+from callbacks.evaluation.completions import Decoding, completers
 from callbacks.evaluation.evaluate import evaluate
 from callbacks.evaluation.monitors import Monitors
 from callbacks.evaluation.report import tell
@@ -20,6 +20,7 @@ from callbacks.evaluation.result_record import read_result
 from callbacks.evaluation.schedule import ends_here, folder, is_due, judged
 from callbacks.evaluation.scores import Scorer
 from callbacks.lightning_internals import epochs_begun
+from callbacks.logging.bars import bar
 from core.errors import ConfigurationError
 from datamodules.base import ChatDataModule
 from datamodules.prompts import Prompt, load_prompts
@@ -215,14 +216,14 @@ class NemotronEvaluation(Callback):
 
     def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> EvaluationResult:
         """Evaluate the module's model and write ``metrics.json`` and ``pairs.jsonl``; the same result on every rank."""
-        bar = functools.partial(progress, trainer, "scores", unit="score")
+        asking = functools.partial(bar, trainer, "asking the judge")
         options = {"decoding": self.decoding, "batch_size": self.batch_size}
         both = functools.partial(completers, trainer, module, self.reference_model, **options)
         with contextlib.closing(self._ranks.own(lambda: open_cache(trainer, self.cache_dir))) as cache:
             found = evaluate(
                 self._prompts,
                 *self._ranks.own(lambda: both(cache=cache)),
-                scorer=Scorer(self.reward, cache, self._memory, bar),
+                scorer=Scorer(self.reward, cache, self._memory, asking),
                 ranks=self._ranks,
                 reward_source=reward_name(self.reward),
                 reference=self.reference_model or module.model_name,

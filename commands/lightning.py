@@ -24,6 +24,7 @@ from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, f
 from callbacks.checkpoints.sharded_strategy import ShardedStrategy
 from callbacks.logging.line_progress import LineProgress
 from callbacks.logging.metrics_file import MetricsFile
+from callbacks.logging.terminal_progress import TerminalProgress
 from callbacks.logging.tracking import WandbTracking, run_name
 from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
@@ -94,7 +95,7 @@ class SuiteCLI(LightningCLI):
         """To evaluate a model takes no method."""
         super().setup_parser(*args, **kwargs)
         validate = self._subcommand_parsers["validate"]
-        validate.set_defaults({"model": {"class_path": "lightning_modules.EvaluationModule"}})
+        validate.set_defaults({"model": {"class_path": "lightning_modules.EvaluationModule"}, "verbose": False})
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -166,8 +167,8 @@ class SuiteCLI(LightningCLI):
             own.append(MemoryRecord(self.planned_memory))
         if self.subcommand == "fit" and self.starts_over is not None:
             own.append(StartOver(self.starts_over))
-        if not sys.stdout.isatty() and config.trainer.enable_progress_bar is not False:
-            own.append(LineProgress())
+        if config.trainer.enable_progress_bar is not False:
+            own.append(TerminalProgress() if sys.stdout.isatty() else LineProgress())
         self.trainer_defaults["callbacks"] = own
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]

@@ -16,6 +16,18 @@ def without_escapes(record: logging.LogRecord) -> bool:
     return True
 
 
+class StandardError:
+    """Standard error as it is when something is written, as a display puts itself in its place for a while."""
+
+    def write(self, text: str) -> int:
+        """Write to it."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush it."""
+        sys.stderr.flush()
+
+
 def quieten() -> None:
     """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
     warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
@@ -28,10 +40,16 @@ def quieten() -> None:
         "ignore", message="The ``compute`` method .* was called before"
     )  # of a process without rows
     noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=")
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(StandardError())
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
     told.addFilter(without_escapes)
     logging.getLogger("lightning.fabric.utilities.distributed").addFilter(lambda record: record.levelno > logging.INFO)
+    transformers.utils.logging.disable_progress_bar()  # of weights, which would be drawn into the run's own display
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()

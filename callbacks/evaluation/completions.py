@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.evaluation.cache import EvaluationCache, cache_key
 from callbacks.evaluation.metrics import Side
+from callbacks.logging.bars import bar
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
 from datamodules.messages import Message
 from lightning_modules.base import FineTuningModule
@@ -70,8 +70,7 @@ class Completer:
     def __call__(self, prompts: Mapping[int, list[Message]]) -> list[Side]:
         """A completion for each prompt, given by its number in the evaluation."""
         arithmetic = f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
-        bars = progress(self.trainer, self.title, len(prompts), "prompt")
-        with bars as bar, self.models() as model:
+        with bar(self.trainer, self.title, len(prompts)) as told, self.models() as model:
             return complete(
                 functools.partial(self._sample, model),
                 self.tokenizer,
@@ -80,7 +79,7 @@ class Completer:
                 decoding=self.decoding,
                 batch_size=self.batch_size,
                 cache=self.cache,
-                on_completion=bar.update,
+                on_completion=told.update,
             )
 
     def _sample(self, model: Callable[[], PreTrainedModel], prompt_ids: list[Tensor], seeds: list[int]) -> Samples:
@@ -126,11 +125,6 @@ def completers(
         Completer(trainer, policy, module.tokenizer, **own, **options),
         Completer(trainer, lambda: nullcontext(functools.cache(load_reference)), tokenizer, **reference, **options),
     )
-
-
-def progress(trainer: Trainer, title: str, total: int, unit: str) -> Any:
-    """A bar on the first process."""
-    return tqdm(total=total, desc=title, unit=unit, disable=not trainer.is_global_zero, mininterval=1)
 
 
 def complete(

@@ -1,6 +1,9 @@
 """Progress as lines, for logs that are no terminal."""
 
+import math
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -48,19 +51,57 @@ class LineProgress(ProgressBar):
         if not trainer.sanity_checking:
             self._line(trainer, pl_module)
 
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Any]:
+        """Lines of some other work, at most every few seconds while it is under way."""
+        yield Lines(title, total, self.every_s if self._enabled else math.inf)
+
     def _line(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._printed = time.monotonic()
         if not self._enabled:
             return
-        metrics = self.get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        shown = "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
-        )
-        if trainer.state.fn == "fit":
-            total, done = int(trainer.estimated_stepping_batches), trainer.global_step
-            pace = (done - self._first_step) / max(1e-9, self._printed - self._started)
-            left = f"  {(total - done) / pace:.0f} s left" if pace and done < total else ""
-            print(f"epoch {trainer.current_epoch}  step {done}/{total}  {shown}{left}", flush=True)
-        elif shown:
-            print(f"validation  {shown}", flush=True)
+        if line := standing(trainer, self.get_metrics(trainer, pl_module)):
+            left = ""
+            if trainer.state.fn == "fit":
+                total, done = int(trainer.estimated_stepping_batches), trainer.global_step
+                pace = (done - self._first_step) / max(1e-9, self._printed - self._started)
+                left = f"  {(total - done) / pace:.0f} s left" if pace and done < total else ""
+            print(line + left, flush=True)
+
+
+class Lines:
+    """Prints how far some work has come, at most every few seconds."""
+
+    def __init__(self, title: str, total: int, every_s: float) -> None:
+        self.title = title
+        self.total = total
+        self.every_s = every_s
+        self.done = 0
+        self._printed = time.monotonic()
+
+    def update(self, count: int) -> None:
+        """So much more is done."""
+        self.done += count
+        if time.monotonic() - self._printed >= self.every_s:
+            self._printed = time.monotonic()
+            print(f"{self.title}  {self.done}/{self.total}", flush=True)
+
+
+def epochs(trainer: Trainer) -> str:
+    """Which epoch this is, counted from 1, and of how many."""
+    last = trainer.max_epochs
+    return f"epoch {trainer.current_epoch + 1}" + (f" of {last}" if last and last > 0 else "")
+
+
+def standing(trainer: Trainer, metrics: Mapping[str, Any]) -> str:
+    """Where training stands, and the metrics; of a validation alone its metrics, if there are any."""
+    shown = figures(metrics)
+    if trainer.state.fn != "fit":
+        return f"validation  {shown}" if shown else ""
+    return f"{epochs(trainer)}  step {trainer.global_step}/{int(trainer.estimated_stepping_batches)}  {shown}"
+
+
+def figures(metrics: Mapping[str, Any]) -> str:
+    """Metrics for people, without the number that Lightning gives a run."""
+    named = ((name.removeprefix("train/"), value) for name, value in metrics.items() if name != "v_num")
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in named)
