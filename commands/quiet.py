@@ -28,6 +28,14 @@ class StandardError:
         sys.stderr.flush()
 
 
+NOISE = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=")
+
+
+def is_told(record: logging.LogRecord) -> bool:
+    """Whether a line says anything that a user can make use of."""
+    return not any(word in record.getMessage() for word in NOISE)
+
+
 def quieten() -> None:
     """Keep to ourselves what libraries say that the user can do nothing about, and bars that are no bars in a log."""
     warnings.filterwarnings("ignore", message=".*treespec.*")  # Lightning and torch 2.13
@@ -39,15 +47,15 @@ def quieten() -> None:
     warnings.filterwarnings(
         "ignore", message="The ``compute`` method .* was called before"
     )  # of a process without rows
-    noise = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=")
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if type(handler) is logging.StreamHandler:
                 handler.setStream(StandardError())
+                handler.addFilter(is_told)
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    told.addFilter(lambda record: not any(word in record.getMessage() for word in noise))
+    told.addFilter(is_told)
     told.addFilter(without_escapes)
     logging.getLogger("lightning.fabric.utilities.distributed").addFilter(lambda record: record.levelno > logging.INFO)
     transformers.utils.logging.disable_progress_bar()  # of weights, which would be drawn into the run's own display

@@ -1,0 +1,95 @@
+"""What a person sees who runs a command in a terminal."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from callbacks.logging.bars import bar
+from callbacks.logging.line_progress import LineProgress, figures
+from callbacks.logging.terminal_progress import TerminalProgress
+
+ROOT = Path(__file__).parents[1]
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def in_a_terminal(*arguments: str, columns: int) -> tuple[int, list[str]]:
+    """A command's exit code and the lines that it leaves, as far as they can be told without an emulator."""
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TERM": "xterm",
+    }
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
+    command = [sys.executable, "cli.py", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    output = b""
+    while True:
+        try:
+            part = os.read(mine, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        output += part
+    os.close(mine)
+    text = ESCAPES.sub("", output.decode("utf-8", "replace"))
+    return process.wait(), [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("method", ["SFTModule", "RLOOModule"])
+def test_a_fit_leaves_its_lines_whole_and_no_bar(method: str, columns: int, config: Any, tmp_path: Path) -> None:
+    code, lines = in_a_terminal("fit", "--config", config(method, trainer={"max_epochs": 2}), columns=columns)
+    text = "\n".join(lines)
+    assert code == 0, text
+    assert lines[0] == "loading ..."
+    whole = " ".join(text.split())
+    headline = (
+        r"evaluation on 4 prompts: win rate [\d.]+ \[[\d., ]+\], \d wins, \d ties, \d losses, 0 failed; reward -[\d.]+ "
+    )
+    assert len(re.findall(headline + r"against -[\d.]+, length ratio [\d.]+", whole)) == 2
+    assert sum(line.startswith("epoch 2 of 2  step 4/4") for line in lines) == 1
+    assert f"exported the model to {tmp_path / 'run' / 'final'}" in whole.replace(" /", "/").replace("/tmp", " /tmp")
+    for noise in ("v_num", "log_every_n_steps", "treespec", "Loading weights", "Writing model shards", "0/1", "it/s"):
+        assert noise not in text, noise
+
+
+def trainer_with(display: Any) -> Trainer:
+    own = {"callbacks": [display]} if display else {"enable_progress_bar": False}
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **own)
+
+
+def test_work_beside_training_is_shown_where_training_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for display in (TerminalProgress(), LineProgress(every_s=0.0), None):
+        with bar(trainer_with(display), "asking the judge", 4) as told:
+            told.update(1)
+            told.update(2)
+    printed = capsys.readouterr().out
+    assert "asking the judge  1/4\nasking the judge  3/4\n" in printed
+    silent = TerminalProgress()
+    trainer = trainer_with(silent)
+    silent.disable()
+    with bar(trainer, "asking the judge", 4) as told:
+        told.update(1)
+    assert "asking" not in capsys.readouterr().out
+
+
+def test_figures_are_short_and_without_the_number_of_a_run() -> None:
+    assert figures({"v_num": "doto", "train/loss": 0.123456, "val/loss": 12.5}) == "loss 0.1235  val/loss 12.5"
