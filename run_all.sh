@@ -5,12 +5,24 @@
 #   ./run_all.sh demo     the same stages with a small model on the CPU, offline, in minutes
 #
 # A finished stage is skipped and a stopped one resumed; remove its folder to run it again. More arguments go to every
-# training stage, such as --config configs/trainer/ddp.yaml or --data.max_samples 1000.
+# training stage, such as --config configs/trainer/ddp.yaml or --data.max_samples 1000. It runs with PYTHON, the active
+# environment's python, or .venv's.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 configs=configs
 out=outputs
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' run_all.sh
+    exit
+    ;;
+  demo | "" | -*) ;;
+  *)
+    printf 'error: no command %s; there are ./run_all.sh, which takes hours, and ./run_all.sh demo\n' "'$1'" >&2
+    exit 2
+    ;;
+esac
 if [ "${1:-}" = demo ]; then
   shift
   configs=configs/demo
@@ -19,6 +31,9 @@ if [ "${1:-}" = demo ]; then
 fi
 extra=("$@")
 python=${PYTHON:-python}
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
+  python=.venv/bin/python
+fi
 export WANDB_RUN_GROUP="${WANDB_RUN_GROUP:-$(basename "$out")-$(date +%Y%m%d-%H%M%S)}"
 started=$SECONDS
 

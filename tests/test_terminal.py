@@ -93,3 +93,17 @@ def test_work_beside_training_is_shown_where_training_is(capsys: pytest.CaptureF
 
 def test_figures_are_short_and_without_the_number_of_a_run() -> None:
     assert figures({"v_num": "doto", "train/loss": 0.123456, "val/loss": 12.5}) == "loss 0.1235  val/loss 12.5"
+
+
+def run_all(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "run_all.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_pipeline_s_script_says_what_it_does_and_starts_nothing_by_a_wrong_name() -> None:
+    told = run_all("--help")
+    assert told.returncode == 0
+    assert told.stdout.startswith("The whole pipeline: SFT, reward model, DPO and RLOO from the SFT model")
+    assert "set -euo" not in told.stdout
+    wrong = run_all("demoo")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: no command 'demoo'; there are ./run_all.sh, which takes hours, and")

@@ -31,6 +31,8 @@ def tell(trainer: Trainer, found: Evaluation, directory: Path) -> None:
             raise ConfigurationError(told) from error
         rank_zero_warn(told)  # an epoch without its files must not end a training
     report(found.result, found.reasons)
+    if trainer.state.fn != "fit":
+        rank_zero_info(f"every figure is in {directory / 'metrics.json'}, every answer in {directory / 'pairs.jsonl'}")
     log_pairs(trainer.loggers, found.pairs)
 
 
