@@ -13,7 +13,7 @@ from commands.comparison.pairwise import pairwise
 from commands.comparison.report import render_report
 from commands.comparison.run_files import Reader
 from commands.comparison.runs import Run, differences, read_runs
-from commands.comparison.tables import headline_table, pairwise_table
+from commands.comparison.tables import headline_tables, pairwise_table
 from commands.comparison.tracking import track
 from commands.comparison.verdicts import verdicts
 from core.errors import ConfigurationError
@@ -44,9 +44,10 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     matches = pairwise(runs)
     answers = verdicts(runs, matches)
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(headline_table(runs, width=console.width))
+    for table in headline_tables(runs, width=console.width):
+        console.print(table)
     if matches:
-        console.print(pairwise_table(matches))
+        console.print(pairwise_table(matches, width=console.width))
     for line in [*(f"note: {note}" for note in notes), "Did they get better?", *(f"  {told}" for told in answers)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     page = render_report(runs, matches, answers=answers, notes=notes)

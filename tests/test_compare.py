@@ -18,9 +18,10 @@ from callbacks.logging.metrics_file import MetricsFile
 from commands import compare as command
 from commands.compare import compare
 from commands.comparison.charts import thinned
+from commands.comparison.pairwise import pairwise
 from commands.comparison.run_files import Reader
 from commands.comparison.runs import read_curves, read_runs
-from commands.comparison.tables import headline_table
+from commands.comparison.tables import headline_tables, interval, pairwise_table, percent
 from core.errors import ConfigurationError
 from datamodules.chat import load_tokenizer
 from lightning_modules.functional.statistics import win_rate_interval
@@ -163,15 +164,28 @@ def test_a_win_rate_and_a_mean_reward_that_part_ways_are_both_told(tmp_path: Pat
     )
 
 
-def test_in_a_narrow_terminal_the_headline_has_a_column_for_each_run(tmp_path: Path) -> None:
-    runs = read_runs([make_run(tmp_path / name, rewards=[1.0, -1.0, 1.0]) for name in ("first", "second")])
-    for width, names in ((160, ["run", "win rate"]), (90, ["run", "first", "second"])):
-        console = Console(width=width, record=True, file=io.StringIO())
-        console.print(headline_table(runs, width=width))
-        text = console.export_text()
-        assert [str(column.header) for column in headline_table(runs, width=width).columns][: len(names)] == names
-        assert text.count("66.7 % [") == 2
-        assert "…" not in text
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 200])
+def test_in_a_narrow_terminal_every_run_has_its_figures_whole(width: int, tmp_path: Path) -> None:
+    names = ["sft", "dpo-from-the-sft-model", "rloo", "dpo-2"]
+    runs = read_runs([make_run(tmp_path / name, rewards=[1.0, -1.0, 1.0]) for name in names])
+    console = Console(width=width, record=True, file=io.StringIO())
+    tables = headline_tables(runs, width=width)
+    for table in tables:
+        console.print(table)
+    console.print(pairwise_table(pairwise(runs), width=width))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    headers = [str(column.header) for table in tables for column in table.columns]
+    if width >= 200:
+        assert headers[:2] == ["run", "win rate"]
+        assert len(tables) == 1
+    else:
+        assert [header for header in headers if header != "run"] == names
+    assert text.count("66.7 %") == len(names), "each run's win rate"
+    assert runs[0].headline is not None
+    assert text.count(interval(runs[0].headline.win_rate_ci, percent)) == len(names), "and its interval"
+    assert sum(text.count(f"{name}") for name in names) >= 2 * len(names)
 
 
 def test_without_a_valid_evaluation_there_is_no_answer(tmp_path: Path) -> None:
