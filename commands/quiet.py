@@ -28,7 +28,7 @@ class StandardError:
         sys.stderr.flush()
 
 
-NOISE = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=")
+NOISE = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=", "LOAD REPORT")
 
 
 def is_told(record: logging.LogRecord) -> bool:
@@ -57,6 +57,7 @@ def quieten() -> None:
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(is_told)
     told.addFilter(without_escapes)
+    logging.getLogger("transformers.modeling_utils").addFilter(is_told)  # of missing weights, which are our own errors
     logging.getLogger("lightning.fabric.utilities.distributed").addFilter(lambda record: record.levelno > logging.INFO)
     transformers.utils.logging.disable_progress_bar()  # of weights, which would be drawn into the run's own display
     if not sys.stderr.isatty():
