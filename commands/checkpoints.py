@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checkpoints.checkpoint_io import newest_usable, unusable
-from callbacks.checkpoints.sharded_checkpoint import REPLACED
+from callbacks.checkpoints.sharded_files import REPLACED
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from commands.explaining import unknown
-from core.secrets import redact
+from core.secrets import redact, secret_in
 from core.text import shown
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,9 @@ def flaws(command: str, arguments: list[str]) -> Iterator[str]:
     """What is known to be wrong, in the order of the arguments."""
     for argument, before in zip(arguments, ["", *arguments], strict=False):
         name, equals, _ = argument.lstrip("-").partition("=")
-        if argument.startswith("--"):
+        if (
+            argument.startswith("--") and secret_in({name: "any value"}) is None
+        ):  # which the parser refuses, in its words
             yield from flaws_of_option(argument, name, foreign=names_others(arguments))
         elif argument.endswith((".yaml", ".yml")) and (not before.startswith("-") or "=" in before):
             yield f"{command} takes its config by name: --config {argument}"

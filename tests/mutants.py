@@ -33,6 +33,7 @@ class Mutant(NamedTuple):
 
 
 SHARDS = "callbacks/checkpoints/sharded_checkpoint.py"
+SHARD_FILES = "callbacks/checkpoints/sharded_files.py"
 IO, BASE, RLOO, DPO = (
     "callbacks/checkpoints/checkpoint_io.py",
     "lightning_modules/base.py",
@@ -54,7 +55,7 @@ FOLDER, KEYS, CHAT = "commands/run_folder.py", "lightning_modules/rewards/keys.p
 FORMATS, MIXTURE, CUSTOM = "datamodules/formats.py", "datamodules/mixture.py", "tests/test_custom_data.py"
 
 PLANTED = [
-    Mutant(SHARDS, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
+    Mutant(SHARD_FILES, '"." in name or not', "not", "tests/test_hostile_input.py -k index"),
     Mutant(
         BASE,
         'self.trainer.strategy.reduce, reduce_op="sum")',
@@ -697,15 +698,15 @@ OWN = [
         "pass",
         "tests/test_ranks.py -k fewer_rows",
     ),
-    Mutant(SHARDS, "or checksum(path) != crc", "", "tests/test_checkpoint_io.py -k sharded"),
+    Mutant(SHARD_FILES, "or checksum(path) != crc", "", "tests/test_checkpoint_io.py -k sharded"),
     Mutant(
-        SHARDS,
+        SHARD_FILES,
         "if not all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()):",
         "if False:",
         "tests/test_checkpoint_io.py -k sharded",
     ),
     Mutant(
-        SHARDS,
+        SHARD_FILES,
         "            replaced.rename(target)\n        raise",
         "            pass\n        raise",
         "tests/test_sharding.py -k full_disk",

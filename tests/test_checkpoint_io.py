@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from callbacks.checkpoints import checkpoint_io, sharded_checkpoint
+from callbacks.checkpoints import checkpoint_io, sharded_checkpoint, sharded_files
 from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
 from callbacks.checkpoints.checkpoint_io import (
     RESUMABLE,
@@ -295,7 +295,7 @@ def test_a_sharded_checkpoint_s_index_is_read_without_running_it(tmp_path: Path)
     damaged = "it is not whole, or holds something else than tensors and plain values"
 
     def saved(**more: Any) -> tuple[Path, Any]:
-        sharded_checkpoint.make_empty(partial := tmp_path / "last.ckpt.partial")
+        sharded_files.make_empty(partial := tmp_path / "last.ckpt.partial")
         index = distributed_checkpoint.save({"w": torch.ones(3), **more}, checkpoint_id=partial, no_dist=True)
         return partial, index
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from callbacks.checkpoints.checkpoint_io import RESUMABLE, write_checkpoint
-from callbacks.checkpoints.sharded_checkpoint import IndexUnpickler
+from callbacks.checkpoints.sharded_files import IndexUnpickler
 from core.imports import is_allowed, own_modules
 from core.secrets import redact, secret_in
 from tests.command_line import Cli, assert_refused

@@ -12,7 +12,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from callbacks.checkpoints.sharded_checkpoint import CONTENT, PARTIAL, making_way, read_together, unusable_shards
+from callbacks.checkpoints.sharded_checkpoint import read_together
+from callbacks.checkpoints.sharded_files import CONTENT, PARTIAL, making_way, unusable_shards
 from core.errors import ConfigurationError, NotWrittenError
 from core.files import new_file, sync_directory
 
