@@ -82,9 +82,7 @@ def flaws(command: str, arguments: list[str]) -> Iterator[str]:
     """What is known to be wrong, in the order of the arguments."""
     for argument, before in zip(arguments, ["", *arguments], strict=False):
         name, equals, _ = argument.lstrip("-").partition("=")
-        if (
-            argument.startswith("--") and secret_in({name: "any value"}) is None
-        ):  # which the parser refuses, in its words
+        if argument.startswith("--") and secret_in({name: "any value"}) is None:  # else the parser refuses it
             yield from flaws_of_option(argument, name, foreign=names_others(arguments))
         elif argument.endswith((".yaml", ".yml")) and (not before.startswith("-") or "=" in before):
             yield f"{command} takes its config by name: --config {argument}"
