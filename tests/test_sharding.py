@@ -58,6 +58,11 @@ def test_two_processes_share_a_model_and_one_exports_the_same(
     last = run / "checkpoints" / "last.ckpt"
     assert len(list(last.glob("*.distcp"))) == 2, "each process has written its part"
     assert (run / "eval" / "epoch=0" / "metrics.json").is_file() == (method != "RewardModule")
+    if method == "DPOModule":  # whose checkpoint has an optimiser's parts, which a validation has no use for
+        against = ["--evaluation.reference_model", str(run / "final"), "--ckpt_path", str(last)]
+        judged = launch("validate", "--config", path, *OVERLAY, "--trainer.devices", "2", *against)
+        assert judged.returncode == 0, judged.stderr[-3000:]
+        assert (run / "eval" / "last" / "metrics.json").is_file()
     names = ["final", *(["adapter"] if rank else [])]
     for name in names:
         shutil.move(run / name, tmp_path / f"{name} of two")
