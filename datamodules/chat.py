@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from core.errors import ConfigurationError
 from core.text import told
@@ -146,10 +146,28 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -
     """The tokens of each piece, one after the other."""
     encoded = Encoded([], [])
     for text, learned in pieces:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, text)
         encoded.input_ids.extend(ids)
         encoded.completion_mask.extend([learned] * len(ids))
     return encoded
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text as it is, without any around it.
+
+    Where the tokenizer is a plain one of Rust's it is asked directly, and not for offsets that nobody needs: the same
+    tokens in two thirds of the time.
+    """
+    plain = isinstance(tokenizer, PreTrainedTokenizerFast) and not tokenizer.split_special_tokens
+    if not plain or type(tokenizer)._encode_plus is not PreTrainedTokenizerFast._encode_plus:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:  # as its file, or an earlier call, may have it
+        backend.no_truncation()
+        backend.no_padding()
+    found: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return found
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -717,6 +717,7 @@ OWN = [
         "state.setdefault(0, {})[key] = tensor",
         "tests/test_sharding.py -k full_disk",
     ),
+    Mutant("datamodules/chat.py", "        backend.no_truncation()\n", "", "tests/test_chat.py -k without_offsets"),
     Mutant("datamodules/position.py", " // multiple * multiple", "", "tests/test_sharding.py -k another_number"),
     Mutant(
         "callbacks/checkpoints/exact_resume.py",

@@ -8,10 +8,11 @@ from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
-from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids, tail_ids
+from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids, tail_ids, token_ids
 from datamodules.chat_template import CHATML_TEMPLATE, turn_end
 from datamodules.messages import flaw, shortened
 from lightning_modules.rewards.local import conversation_ids
+from tests.conftest import tiny_tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -195,3 +196,14 @@ def test_a_completion_also_ends_with_the_end_of_text(tokenizer: PreTrainedTokeni
     assert stop_token_ids(tokenizer) == ends
     tokenizer.eos_token = "<|im_end|>"
     assert stop_token_ids(tokenizer) == ends[:1]
+
+
+@pytest.mark.parametrize("text", ["", " a b\n\n\tc ", "hi<|im_end|>there", "é漢字🙂", "Ġ", "x" * 5000])
+def test_tokens_without_offsets_are_those_that_the_tokenizer_itself_gives(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert token_ids(tokenizer, text) == expected
+    tokenizer(["a", "a b c"], truncation=True, max_length=1, padding=True)  # which the backend remembers
+    assert token_ids(tokenizer, text) == expected
+    tokenizer.split_special_tokens = True
+    assert token_ids(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
