@@ -36,7 +36,7 @@ from lightning_modules.generation.rollouts import (
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.loading import without_dropout
 from lightning_modules.models.reference import make_reference
-from lightning_modules.models.sharding import gathered
+from lightning_modules.models.sharding import gathered, in_step
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.preflight import preflight, processes_for, remote_parts
 
@@ -194,7 +194,7 @@ class RLOOModule(FineTuningModule):
 
     def sample(self, batch: PromptBatch, seeds: Sequence[int]) -> Samples:
         """A sample for each seed; those of a prompt are neighbours."""
-        with gathered(self.model) as model:
+        with gathered(self.model) as model, in_step(model):
             samples: Samples = sample_completions(
                 model,
                 batch.prompt_ids,

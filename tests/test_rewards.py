@@ -385,7 +385,7 @@ def test_an_error_about_a_judge_s_or_a_reference_s_tokenizer_names_that_option(
     module = SFTModule(model_name=str(tiny_model_dir))
     module.configure_model()
     with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change evaluation.reference_model"):
-        completers(Trainer(logger=False, accelerator="cpu"), module, str(tmp_path))
+        completers(Trainer(logger=False, accelerator="cpu"), module, module.model, str(tmp_path))
 
 
 def test_a_reward_gets_copies_and_a_grad_free_thread_of_its_own() -> None:

@@ -20,7 +20,7 @@ from lightning_modules.base import FineTuningModule
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.identity import directory_digest, weights_digest
 from lightning_modules.models.loading import load_causal_lm
-from lightning_modules.models.sharding import gathered, working_dtype
+from lightning_modules.models.sharding import in_step, working_dtype
 
 
 class Decoding(NamedTuple):
@@ -96,13 +96,14 @@ class Completer:
 
 
 def completers(
-    trainer: Trainer, module: FineTuningModule, reference_model: str | None, **options: Any
+    trainer: Trainer, module: FineTuningModule, policy: PreTrainedModel, reference_model: str | None, **options: Any
 ) -> tuple[Completer, Completer]:
     """The policy's, and that of the reference: the named one, or the starting policy.
 
     Args:
         trainer: The run.
         module: With the policy and its tokenizer.
+        policy: As it is sampled from.
         reference_model: Hub id or directory, with a tokenizer of its own.
         options: Of Completer that both have.
     """
@@ -115,14 +116,14 @@ def completers(
         return model.to(device=module.device, dtype=working_dtype(module.model))  # type: ignore[arg-type, no-any-return]
 
     @contextmanager
-    def policy() -> Iterator[Callable[[], PreTrainedModel]]:
-        with gathered(module.model) as model:
-            yield lambda: model
+    def answering() -> Iterator[Callable[[], PreTrainedModel]]:
+        with in_step(policy):
+            yield lambda: policy
 
     own: dict[str, Any] = {"digest": weights_digest(module.model), "title": "policy completions"}
     reference: dict[str, Any] = {"digest": directory_digest(name), "title": "reference completions"}
     return (
-        Completer(trainer, policy, module.tokenizer, **own, **options),
+        Completer(trainer, answering, module.tokenizer, **own, **options),
         Completer(trainer, lambda: nullcontext(functools.cache(load_reference)), tokenizer, **reference, **options),
     )
 

@@ -120,27 +120,32 @@ def gathered(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model meanwhile as each process can sample from it at its own pace: itself, or of a sharded one a copy.
 
     A copy is whole and has the weights of now, an adapter among them, in what they are multiplied in; its memory is
-    given back at the end. Where a device has no room for it, the model itself is given, and what runs it must
-    :func:`go_on` before each pass: layers are then gathered pass by pass, and a process that is done passes idly until
-    all are.
+    given back at the end. Every process must come at the same point; within, none waits for another.
 
-    Every process must come and go at the same point; within, none waits for another that has a copy.
+    Where a device has no room for a copy the sharded model itself is given, and is sampled from :func:`in_step`.
     """
     sharding = sharding_of(model)
-    if sharding is None:
+    if sharding is None or not has_room(model, sharding):
         yield model
-    elif has_room(model, sharding):
-        with torch.no_grad():
-            copy = assembled(model, dict(merged_weights(model, sharding.compute)))
-        yield copy.train(model.training)
-    else:
-        try:
-            yield model
-        finally:
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            while go_on(model, here=False):
-                with torch.no_grad():
-                    model(input_ids=ids, use_cache=False)
+        return
+    with torch.no_grad():
+        copy = assembled(model, dict(merged_weights(model, sharding.compute)))
+    yield copy.train(model.training)
+
+
+@contextmanager
+def in_step(model: PreTrainedModel) -> Iterator[None]:
+    """Where a model is sharded, pass along idly once done, as others may have passes to make; each is to :func:`go_on`.
+
+    Every process must come here; who fails within still passes along.
+    """
+    try:
+        yield
+    finally:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        while sharding_of(model) is not None and go_on(model, here=False):
+            with torch.no_grad():
+                model(input_ids=ids, use_cache=False)
 
 
 def has_room(model: PreTrainedModel, sharding: Sharding) -> bool:
