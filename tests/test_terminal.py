@@ -53,8 +53,7 @@ def in_a_terminal(*arguments: str, columns: int) -> tuple[int, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("method", ["SFTModule", "RLOOModule"])
+@pytest.mark.parametrize(("method", "columns"), [("SFTModule", 120), ("RLOOModule", 80)])
 def test_a_fit_leaves_its_lines_whole_and_no_bar(method: str, columns: int, config: Any, tmp_path: Path) -> None:
     code, lines = in_a_terminal("fit", "--config", config(method, trainer={"max_epochs": 2}), columns=columns)
     text = "\n".join(lines)
