@@ -80,10 +80,11 @@ def check(command: str, arguments: list[str]) -> None:
 
 def flaws(command: str, arguments: list[str]) -> Iterator[str]:
     """What is known to be wrong, in the order of the arguments."""
+    foreign = names_others(arguments)
     for argument, before in zip(arguments, ["", *arguments], strict=False):
         name, equals, _ = argument.lstrip("-").partition("=")
         if argument.startswith("--") and secret_in({name: "any value"}) is None:  # else the parser refuses it
-            yield from flaws_of_option(argument, name, foreign=names_others(arguments))
+            yield from flaws_of_option(argument, name, foreign=foreign)
         elif argument.endswith((".yaml", ".yml")) and (not before.startswith("-") or "=" in before):
             yield f"{command} takes its config by name: --config {argument}"
         if before in ("--config", "-c") or (equals and name == "config"):

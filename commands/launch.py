@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -44,7 +45,7 @@ def check_surroundings(trainer: Trainer, surroundings: Mapping[str, str] = os.en
     """
     tasks = surroundings.get("SLURM_NTASKS")
     environment = cluster_environment(trainer)
-    if tasks is None or environment is None or type(environment).__name__ != "SLURMEnvironment":
+    if tasks is None or not isinstance(environment, SLURMEnvironment):
         return
     expected = trainer.num_devices * trainer.num_nodes
     if int(tasks) > 1 and "SLURM_STEP_ID" not in surroundings:

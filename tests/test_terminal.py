@@ -70,6 +70,24 @@ def test_a_fit_leaves_its_lines_whole_and_no_bar(method: str, columns: int, conf
         assert noise not in text, noise
 
 
+@pytest.mark.slow
+def test_a_validation_of_prompts_alone_ends_with_its_headline_and_where_the_files_are(
+    tiny_model_dir: Path, talks: Path, tmp_path: Path
+) -> None:
+    """It has no rows, so nobody knows how many batches there are."""
+    options = {"model.model_name": tiny_model_dir, "evaluation.reference_model": tiny_model_dir}
+    options |= {"evaluation.dataset_name": talks, "evaluation.split": "test", "evaluation.num_prompts": 4}
+    options |= {"evaluation.reward": "lightning_modules.rewards.rules.brevity", "evaluation.max_completion_length": 5}
+    options |= {"trainer.default_root_dir": tmp_path / "run", "trainer.accelerator": "cpu"}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    code, lines = in_a_terminal("validate", *arguments, columns=100)
+    text = " ".join(" ".join(lines).split())
+    assert code == 0, "\n".join(lines)
+    assert "evaluation on 4 prompts: win rate 0.500" in text
+    assert "every answer in" in text.partition("evaluation on 4 prompts")[2]
+    assert "0.50000" not in text
+
+
 def trainer_with(display: Any) -> Trainer:
     own = {"callbacks": [display]} if display else {"enable_progress_bar": False}
     return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **own)

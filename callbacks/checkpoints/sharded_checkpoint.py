@@ -95,7 +95,8 @@ def told_by_any(work: Callable[[], None]) -> str:
     """Have every process do some work, and say on all of them why a disk did not let one; empty where it did."""
     told = ""
     try:
-        work()
+        with as_disk_errors():
+            work()
     except OSError as error:
         told = error.strerror or str(error)
     every: list[Any] = [""] * dist.get_world_size()

@@ -1,38 +1,41 @@
-"""Bars of work that is not training, as sampling and asking: where a run's progress is shown, whatever shows it."""
+"""What shows a run's progress, that of work beside training too, as sampling and asking."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from typing_extensions import override
 
 
-@runtime_checkable
-class Bar(Protocol):
-    """Is told how much has been done."""
+class Quiet:
+    """Is told how much of some work is done, and shows nothing."""
 
     def update(self, count: int) -> None:
         """So much more is done."""
 
 
-@runtime_checkable
-class Display(Protocol):
-    """What shows a run's progress."""
+class Display(ProgressBar):
+    """Base of the suite's own; Lightning switches it off on all processes but the first."""
 
-    def bar(self, title: str, total: int) -> AbstractContextManager[Bar]:
-        """Show some work of so many parts while it is under way."""
-
-
-class NoBar(Bar):
-    """Shows nothing."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
 
     @override
-    def update(self, count: int) -> None:
-        pass
+    def disable(self) -> None:
+        self.enabled = False
+
+    @override
+    def enable(self) -> None:
+        self.enabled = True
+
+    def bar(self, title: str, total: int) -> AbstractContextManager[Any]:
+        """Show some work of so many parts while it is under way; gives what is told by ``update(count)``."""
+        raise NotImplementedError
 
 
 def bar(trainer: Trainer, title: str, total: int) -> AbstractContextManager[Any]:
-    """A bar on the first process, in the run's own display."""
+    """A bar in the run's own display, where it has one that is on."""
     display = trainer.progress_bar_callback
-    shown = isinstance(display, Display) and trainer.is_global_zero
-    return display.bar(title, total) if shown else nullcontext(NoBar())  # type: ignore[union-attr]
+    return display.bar(title, total) if isinstance(display, Display) and display.enabled else nullcontext(Quiet())

@@ -1,17 +1,17 @@
 """Progress as lines, for logs that are no terminal."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from typing_extensions import override
 
+from callbacks.logging.bars import Display, Quiet
 
-class LineProgress(ProgressBar):
+
+class LineProgress(Display):
     """Prints a line at most every few seconds: where training stands, its metrics, and the time left.
 
     Args:
@@ -21,18 +21,9 @@ class LineProgress(ProgressBar):
     def __init__(self, every_s: float = 10.0) -> None:
         super().__init__()
         self.every_s = every_s
-        self._enabled = True
         self._started = 0.0
         self._printed = 0.0
         self._first_step = 0
-
-    @override
-    def disable(self) -> None:
-        self._enabled = False
-
-    @override
-    def enable(self) -> None:
-        self._enabled = True
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,14 +42,15 @@ class LineProgress(ProgressBar):
         if not trainer.sanity_checking:
             self._line(trainer, pl_module)
 
+    @override
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Any]:
         """Lines of some other work, at most every few seconds while it is under way."""
-        yield Lines(title, total, self.every_s if self._enabled else math.inf)
+        yield Lines(title, total, self.every_s)
 
     def _line(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._printed = time.monotonic()
-        if not self._enabled:
+        if not self.enabled:
             return
         if line := standing(trainer, self.get_metrics(trainer, pl_module)):
             left = ""
@@ -69,7 +61,7 @@ class LineProgress(ProgressBar):
             print(line + left, flush=True)
 
 
-class Lines:
+class Lines(Quiet):
     """Prints how far some work has come, at most every few seconds."""
 
     def __init__(self, title: str, total: int, every_s: float) -> None:
@@ -79,8 +71,8 @@ class Lines:
         self.done = 0
         self._printed = time.monotonic()
 
+    @override
     def update(self, count: int) -> None:
-        """So much more is done."""
         self.done += count
         if time.monotonic() - self._printed >= self.every_s:
             self._printed = time.monotonic()

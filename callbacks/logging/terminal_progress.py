@@ -1,21 +1,22 @@
 """Progress in a terminal: one display for training, validation, sampling and asking, and lines that stay above it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from callbacks.logging.bars import Display, Quiet
 from callbacks.logging.line_progress import epochs, figures, standing
 
 WIDTH = 16
 """Of a bar, in columns; the rest is for words and figures."""
 
 
-class TerminalProgress(ProgressBar):
+class TerminalProgress(Display):
     """Bars at the foot of the terminal while there is something to wait for; what is printed meanwhile goes above.
 
     An epoch is counted from 1, and leaves a line with its figures when it has been validated.
@@ -23,18 +24,9 @@ class TerminalProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._enabled = True
         self._live: Progress | None = None
         self._epoch: TaskID | None = None
         self._validation: TaskID | None = None
-
-    @override
-    def disable(self) -> None:
-        self._enabled = False
-
-    @override
-    def enable(self) -> None:
-        self._enabled = True
 
     def start(self) -> Progress:
         """The display, on the screen."""
@@ -56,12 +48,10 @@ class TerminalProgress(ProgressBar):
             self._live.stop()
         self._live = self._epoch = self._validation = None
 
+    @override
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Any]:
         """A bar of some other work, while it is under way."""
-        if not self._enabled:
-            yield Part(None, None)
-            return
         alone = self._live is None
         live = self.start()
         task = live.add_task(title, total=total, figures="")
@@ -74,14 +64,12 @@ class TerminalProgress(ProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._enabled:
+        if not self.enabled:
             return
         live = self.start()
         if self._epoch is not None:
             live.remove_task(self._epoch)
-        total = trainer.num_training_batches
-        done = trainer.fit_loop.batch_idx + 1 if trainer.fit_loop.restarting else 0
-        self._epoch = live.add_task(epochs(trainer), total=total, completed=done, figures="")
+        self._epoch = live.add_task(epochs(trainer), total=known(trainer.num_training_batches), figures="")
 
     @override
     def on_train_batch_end(
@@ -93,10 +81,10 @@ class TerminalProgress(ProgressBar):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._enabled:
+        if self.enabled:
             total = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
             title = "trying out" if trainer.sanity_checking else "validation"
-            self._validation = self.start().add_task(title, total=total, figures="")
+            self._validation = self.start().add_task(title, total=known(total), figures="")
 
     @override
     def on_validation_batch_end(
@@ -116,7 +104,7 @@ class TerminalProgress(ProgressBar):
         if self._live is not None and self._validation is not None:
             self._live.remove_task(self._validation)
         self._validation = None
-        if not self._enabled or trainer.sanity_checking:
+        if not self.enabled or trainer.sanity_checking:
             return
         if line := standing(trainer, self.get_metrics(trainer, pl_module)):
             self.start().console.print(line, highlight=False, markup=False)
@@ -136,14 +124,18 @@ class TerminalProgress(ProgressBar):
         self.stop()
 
 
-class Part:
-    """What tells a display of progress, or nobody."""
+class Part(Quiet):
+    """What tells a display of some work's progress."""
 
-    def __init__(self, live: Progress | None, task: TaskID | None) -> None:
+    def __init__(self, live: Progress, task: TaskID) -> None:
         self.live = live
         self.task = task
 
+    @override
     def update(self, count: int) -> None:
-        """So much more is done."""
-        if self.live is not None and self.task is not None:
-            self.live.advance(self.task, count)
+        self.live.advance(self.task, count)
+
+
+def known(total: float) -> float | None:
+    """A number of batches; None for rows that do not say how many they are."""
+    return total if math.isfinite(total) else None
