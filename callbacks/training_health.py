@@ -12,7 +12,7 @@ from typing_extensions import override
 from callbacks.lightning_internals import at_step_boundary
 from core.errors import ConfigurationError
 from lightning_modules.base import FineTuningModule, require
-from lightning_modules.models.parts import whole
+from lightning_modules.models.parts import local
 
 WINDOW = 10
 """Steps that a metric's mean is taken over before it is held against its bound."""
@@ -145,8 +145,10 @@ class TrainingHealth(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        weights = [parameter.detach() for parameter in pl_module.parameters() if parameter.is_floating_point()]
-        if weights and not whole(torch.nn.utils.get_total_norm(weights, 1.0)).isfinite():
+        own = (local(parameter.detach()) for parameter in pl_module.parameters() if parameter.is_floating_point())
+        weights = [part for part in own if part.numel()]  # of a sharded one a process may have none
+        finite = not weights or bool(torch.nn.utils.get_total_norm(weights, torch.inf).isfinite())
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
             raise ConfigurationError(
                 f"after step {trainer.global_step} the weights are not finite, so no checkpoint is written and the run "
                 "ends; lower model.learning_rate or set trainer.gradient_clip_val, then go on with --ckpt_path last"

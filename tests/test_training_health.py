@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks import TrainingHealth
@@ -121,6 +122,19 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(cli: Cli, steps: Any, 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("place", ["policy", "reference", "scores"])
+def test_large_weights_in_half_precision_are_finite() -> None:
+    """Their sum is more than float16 can hold."""
+    module = torch.nn.Linear(1000, 200, dtype=torch.float16)
+    torch.nn.init.ones_(module.weight)
+    wrapped = LightningModule()
+    wrapped.layer = module
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    TrainingHealth().on_save_checkpoint(trainer, wrapped, {})
+    torch.nn.init.constant_(module.bias, torch.inf)
+    with pytest.raises(ConfigurationError, match="the weights are not finite"):
+        TrainingHealth().on_save_checkpoint(trainer, wrapped, {})
+
+
 def test_log_probs_that_are_none_are_no_unscored_samples(
     place: str, cli: Cli, steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
