@@ -120,8 +120,6 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(cli: Cli, steps: Any, 
         assert all(value.isfinite().all() for value in saved.values())
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("place", ["policy", "reference", "scores"])
 def test_large_weights_in_half_precision_are_finite() -> None:
     """Their sum is more than float16 can hold."""
     module = torch.nn.Linear(1000, 200, dtype=torch.float16)
@@ -135,6 +133,8 @@ def test_large_weights_in_half_precision_are_finite() -> None:
         TrainingHealth().on_save_checkpoint(trainer, wrapped, {})
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["policy", "reference", "scores"])
 def test_log_probs_that_are_none_are_no_unscored_samples(
     place: str, cli: Cli, steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
