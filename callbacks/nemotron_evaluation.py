@@ -20,8 +20,8 @@ from callbacks.evaluation.result_record import read_result
 from callbacks.evaluation.schedule import ends_here, folder, is_due, judged
 from callbacks.evaluation.scores import Scorer
 from callbacks.lightning_internals import epochs_begun
-from callbacks.logging.bars import bar
 from core.errors import ConfigurationError
+from core.progress import bar
 from datamodules.base import ChatDataModule
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require

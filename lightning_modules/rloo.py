@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from core.progress import bar
 from datamodules.batches import PromptBatch, TokenBatch
 from lightning_modules.adapted import global_seed
 from lightning_modules.base import FineTuningModule, require
@@ -194,15 +195,18 @@ class RLOOModule(FineTuningModule):
 
     def sample(self, batch: PromptBatch, seeds: Sequence[int]) -> Samples:
         """A sample for each seed; those of a prompt are neighbours."""
-        with gathered(self.model) as model, in_step(model):
+        length = self.max_completion_length
+        shown = bar(self.trainer, "sampling", length, after_s=1.0)
+        with gathered(self.model) as model, in_step(model), shown as told:
             samples: Samples = sample_completions(
                 model,
                 batch.prompt_ids,
-                max_completion_length=self.max_completion_length,
+                max_completion_length=length,
                 stop_token_ids=self.stop_token_ids(),
                 seeds=seeds,
                 samples_per_prompt=len(seeds) // len(batch.prompt_ids),
                 temperature=self.temperature,
+                on_tokens=lambda *_: told.update(1),
             )
         return samples
 

@@ -1,10 +1,11 @@
 """Ranks of a run as processes forked from one that has imported everything, so that a start costs no imports."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 FORK = multiprocessing.get_context("fork")
+LIMIT_S = 120.0
+"""No process takes as long. One that does hangs: it is ended, and says in its log where it was."""
 
 
 def start(function: Callable[[], int], *, ranks: int, log: Path) -> list[Any]:
@@ -32,6 +35,13 @@ def start(function: Callable[[], int], *, ranks: int, log: Path) -> list[Any]:
     return processes
 
 
+def ended(processes: Sequence[Any]) -> list[int]:
+    """Wait for all of the processes and return their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -46,6 +56,7 @@ def _process(function: Callable[[], int], log: Path, environment: dict[str, str]
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # type: ignore[attr-defined]  # as an import finds it
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=2)
     torch.set_num_threads(1)
     sys.argv = ["cli.py"]
     sys.exit(function())

@@ -26,12 +26,11 @@ from tqdm import tqdm
 from cli import main as cli_main
 from tests.conftest import make_tiny_model
 from tests.evaluation_run import write_rows
-from tests.forked import start
+from tests.forked import ended, start
 
 METHODS = ("SFTModule", "RewardModule", "DPOModule", "RLOOModule")
 SIDES = {"chosen": "yes", "rejected": "no way"}
 SHARDED = {"class_path": "callbacks.checkpoints.sharded_strategy.ShardedStrategy"}
-LIMIT_S = 300.0
 
 
 class Outcome(NamedTuple):
@@ -158,16 +157,12 @@ def trial(
         processes = start(lambda: cli_main(arguments), ranks=ranks, log=folder / "log.txt")
         processes[0].join(rng.uniform(0.5, options_seconds(folder)))
         if any(process.exitcode is not None for process in processes):
-            for process in processes:
-                process.join(LIMIT_S)
+            ended(processes)
             break
         kill(processes, rng)
         killed += 1
-    processes = start(lambda: cli_main(arguments), ranks=ranks, log=folder / "log.txt")
-    for process in processes:
-        process.join(LIMIT_S)
-    codes = [process.exitcode for process in processes]
-    if any(codes):
+    codes = ended(start(lambda: cli_main(arguments), ranks=ranks, log=folder / "log.txt"))
+    if any(code != 0 for code in codes):
         told = (folder / "log.txt").read_text()[-3000:]
         raise RuntimeError(f"{method} in {folder} ended with {codes}: {told}")
     return killed

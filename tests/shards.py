@@ -15,11 +15,10 @@ from unittest import mock
 import torch
 
 from cli import main as cli_main
-from tests.forked import start
+from tests.forked import ended, start
 from tests.kills import METHODS
 from tests.splitting import command, comparable, make_material
 
-LIMIT_S = 120.0
 TOLERANCE = 1e-6
 
 
@@ -39,10 +38,7 @@ def figures(
             return cli_main(arguments)
 
     log = directory / "log.txt"
-    processes = start(judged, ranks=ranks, log=log)
-    for process in processes:
-        process.join(LIMIT_S)
-    codes = [process.exitcode for process in processes]
+    codes = ended(start(judged, ranks=ranks, log=log))
     if any(code != 0 for code in codes):
         raise RuntimeError(f"{method}, {rows} rows on {ranks} ranks: exit codes {codes}\n{log.read_text()[-3000:]}")
     (line,) = (run / "validation.jsonl").read_text().splitlines()

@@ -31,12 +31,11 @@ from lightning_modules.models.loading import load_reward_model
 from lightning_modules.models.parts import whole
 from lightning_modules.optimiser_step import OptimiserStep
 from tests.conftest import make_tiny_model
-from tests.forked import start
+from tests.forked import ended, start
 from tests.kills import METHODS, SHARDED, talk
 
 ROWS = 8
 BREVITY = "lightning_modules.rewards.rules.brevity"
-LIMIT_S = 120.0
 
 
 def make_material(directory: Path, *, rows: int = ROWS) -> None:
@@ -219,10 +218,8 @@ def main() -> int:
                 torch.save(found, options.folder / f"{method}.pt")
             return 0
 
-        processes = start(save, ranks=options.ranks, log=options.folder / "log.txt")
-        for process in processes:
-            process.join(LIMIT_S)
-        if any(process.exitcode != 0 for process in processes):
+        codes = ended(start(save, ranks=options.ranks, log=options.folder / "log.txt"))
+        if any(code != 0 for code in codes):
             print((options.folder / "log.txt").read_text()[-3000:])
             return 1
     return 0

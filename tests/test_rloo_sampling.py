@@ -81,7 +81,7 @@ def test_each_prompt_is_read_once_for_its_samples(config: Any, tmp_path: Path, m
 def test_every_word_changes_the_samples_seeds(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's seed, the epoch, the batch, the process, and whether it trains; each sample has one of its own."""
     asked: list[tuple[int, ...]] = []
-    monkeypatch.setattr(rloo, "sample_completions", lambda *_, seeds, **__: asked.append(tuple(seeds)) or 1 / 0)
+    monkeypatch.setattr(RLOOModule, "sample", lambda _, batch, seeds: asked.append(tuple(seeds)) or 1 / 0)
     module = RLOOModule(model_name=str(tiny_model_dir), reward=brevity)
     module.configure_model()
     batch = PromptBatch([[{"role": "user", "content": "a"}]] * 2, [torch.tensor([1, 2]), torch.tensor([2, 1])])

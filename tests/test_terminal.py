@@ -8,15 +8,21 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
-from callbacks.logging.bars import bar
 from callbacks.logging.line_progress import LineProgress, figures
 from callbacks.logging.terminal_progress import TerminalProgress
+from core.progress import Display, bar
+from datamodules.batches import PromptBatch
+from lightning_modules import RLOOModule
+from lightning_modules.rewards.rules import brevity
 
 ROOT = Path(__file__).parents[1]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -106,6 +112,45 @@ def test_work_beside_training_is_shown_where_training_is(capsys: pytest.CaptureF
     with bar(trainer, "asking the judge", 4) as told:
         told.update(1)
     assert "asking" not in capsys.readouterr().out
+
+
+def test_work_is_shown_once_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    display = TerminalProgress()
+    with bar(trainer_with(display), "sampling", 4, after_s=1.0) as told:
+        (task,) = display.start().tasks
+        told.update(1)
+        assert not task.visible
+        now = 11.5
+        told.update(1)
+        assert task.visible
+        assert task.completed == 2
+
+
+class Told(Display):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    @contextmanager
+    def bar(self, title: str, total: int, *, after_s: float = 0.0) -> Iterator[Any]:
+        assert (title, total) == ("sampling", 5)
+        assert after_s > 0
+        self.update = self.counts.append
+        yield self
+
+
+def test_sampling_in_training_tells_each_token(tiny_model_dir: Path) -> None:
+    module = RLOOModule(model_name=str(tiny_model_dir), reward=brevity, max_completion_length=5)
+    module.configure_model()
+    display = Told()
+    module.trainer = trainer_with(display)
+    batch = PromptBatch([[{"role": "user", "content": "a"}]] * 2, [torch.tensor([1, 2]), torch.tensor([2, 1])])
+    longest = module.sample(batch, [1, 2]).completion_lengths().max()
+    assert display.counts == [1] * int(longest)
 
 
 def test_figures_are_short_and_without_the_number_of_a_run() -> None:

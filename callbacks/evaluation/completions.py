@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.evaluation.cache import EvaluationCache, cache_key
 from callbacks.evaluation.metrics import Side
-from callbacks.logging.bars import bar
+from core.progress import bar
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
 from datamodules.messages import Message
 from lightning_modules.base import FineTuningModule

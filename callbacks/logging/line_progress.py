@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from callbacks.logging.bars import Display, Quiet
+from core.progress import Display, Quiet
 
 
 class LineProgress(Display):
@@ -44,9 +44,9 @@ class LineProgress(Display):
 
     @override
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Any]:
+    def bar(self, title: str, total: int, *, after_s: float = 0.0) -> Iterator[Any]:
         """Lines of some other work, at most every few seconds while it is under way."""
-        yield Lines(title, total, self.every_s)
+        yield Lines(title, total, max(self.every_s, after_s))
 
     def _line(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._printed = time.monotonic()

@@ -1,6 +1,7 @@
 """Progress in a terminal: one display for training, validation, sampling and asking, and lines that stay above it."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from callbacks.logging.bars import Display, Quiet
 from callbacks.logging.line_progress import epochs, figures, standing
+from core.progress import Display, Quiet
 
 WIDTH = 16
 """Of a bar, in columns; the rest is for words and figures."""
@@ -50,13 +51,13 @@ class TerminalProgress(Display):
 
     @override
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Any]:
+    def bar(self, title: str, total: int, *, after_s: float = 0.0) -> Iterator[Any]:
         """A bar of some other work, while it is under way."""
         alone = self._live is None
         live = self.start()
-        task = live.add_task(title, total=total, figures="")
+        task = live.add_task(title, total=total, figures="", visible=not after_s)
         try:
-            yield Part(live, task)
+            yield Part(live, task, after_s)
         finally:
             live.remove_task(task)
             if alone:
@@ -127,13 +128,14 @@ class TerminalProgress(Display):
 class Part(Quiet):
     """What tells a display of some work's progress."""
 
-    def __init__(self, live: Progress, task: TaskID) -> None:
+    def __init__(self, live: Progress, task: TaskID, after_s: float) -> None:
         self.live = live
         self.task = task
+        self.shown_from = time.monotonic() + after_s
 
     @override
     def update(self, count: int) -> None:
-        self.live.advance(self.task, count)
+        self.live.update(self.task, advance=count, visible=time.monotonic() >= self.shown_from)
 
 
 def known(total: float) -> float | None:

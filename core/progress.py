@@ -30,12 +30,17 @@ class Display(ProgressBar):
     def enable(self) -> None:
         self.enabled = True
 
-    def bar(self, title: str, total: int) -> AbstractContextManager[Any]:
-        """Show some work of so many parts while it is under way; gives what is told by ``update(count)``."""
+    def bar(self, title: str, total: int, *, after_s: float = 0.0) -> AbstractContextManager[Any]:
+        """Show some work of so many parts while it is under way; gives what is told by ``update(count)``.
+
+        What is over within ``after_s`` is not shown.
+        """
         raise NotImplementedError
 
 
-def bar(trainer: Trainer, title: str, total: int) -> AbstractContextManager[Any]:
+def bar(trainer: Trainer, title: str, total: int, *, after_s: float = 0.0) -> AbstractContextManager[Any]:
     """A bar in the run's own display, where it has one that is on."""
     display = trainer.progress_bar_callback
-    return display.bar(title, total) if isinstance(display, Display) and display.enabled else nullcontext(Quiet())
+    if isinstance(display, Display) and display.enabled:
+        return display.bar(title, total, after_s=after_s)
+    return nullcontext(Quiet())
