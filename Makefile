@@ -46,4 +46,4 @@ bench: $(READY) ## Measure speed and memory against TRL (benchmarks/README.md)
 
 docs: $(READY) ## Make the pages of docs/ a site, in outputs/site
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
