@@ -60,7 +60,8 @@ def test_options_that_are_named_exist(page: Path) -> None:
 
 
 def test_every_page_of_the_docs_is_in_their_contents() -> None:
-    listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
+    listed = [page for entry in nav for page in (entry.values() if isinstance(entry, dict) else [entry])]
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
