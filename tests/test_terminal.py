@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.logging.line_progress import LineProgress, figures
 from callbacks.logging.terminal_progress import TerminalProgress
@@ -112,6 +113,25 @@ def test_work_beside_training_is_shown_where_training_is(capsys: pytest.CaptureF
     with bar(trainer, "asking the judge", 4) as told:
         told.update(1)
     assert "asking" not in capsys.readouterr().out
+
+
+def test_what_is_left_is_told_by_the_pace_of_the_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not by what came before them, as asking the reference."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", 100)
+    display, trainer = LineProgress(every_s=10.0), trainer_with(None)
+    trainer.state.fn = TrainerFn.FITTING
+    display.on_train_start(trainer, LightningModule())
+    for step, now in enumerate((50.0, 55.0, 60.0), start=1):  # noqa: B007  # read by the clock
+        trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = step
+        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        display.on_train_batch_end(trainer, LightningModule(), None, None, step - 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert not lines[0].endswith("left")
+    assert lines[-1].endswith("485 s left")
 
 
 def test_work_is_shown_once_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:

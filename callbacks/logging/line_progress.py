@@ -21,19 +21,21 @@ class LineProgress(Display):
     def __init__(self, every_s: float = 10.0) -> None:
         super().__init__()
         self.every_s = every_s
-        self._started = 0.0
+        self._started: float | None = None
         self._printed = 0.0
         self._first_step = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = self._printed = time.monotonic()
-        self._first_step = trainer.global_step
+        self._printed = time.monotonic()
+        self._started = None
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._started is None:  # what comes before, as asking the reference, says nothing of the steps
+            self._started, self._first_step = time.monotonic(), trainer.global_step
         if time.monotonic() - self._printed >= self.every_s:
             self._line(trainer, pl_module)
 
@@ -54,7 +56,7 @@ class LineProgress(Display):
             return
         if line := standing(trainer, self.get_metrics(trainer, pl_module)):
             left = ""
-            if trainer.state.fn == "fit":
+            if trainer.state.fn == "fit" and self._started is not None:
                 total, done = int(trainer.estimated_stepping_batches), trainer.global_step
                 pace = (done - self._first_step) / max(1e-9, self._printed - self._started)
                 left = f"  {(total - done) / pace:.0f} s left" if pace and done < total else ""
