@@ -78,7 +78,9 @@ def main(arguments: list[str]) -> int:
     if command not in COMMANDS:
         near = get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        print(f"error: no command {command!r}; {hint}", file=sys.stderr)
+        from core.terminal import say_error
+
+        say_error(f"no command {command!r}; {hint}")
         return 2
     if command in ("fit", "validate"):
         from commands.first_look import check as look
@@ -120,16 +122,17 @@ def run(command: str, *, debug: bool) -> int:
         raise
     except Exception as error:
         from core.secrets import redact
+        from core.terminal import say_error
         from core.text import shown
 
         told = mendable(error)
         if told is None and not debug and (ended := lost_process(error)):
-            print(f"error: {shown(redact(ended))}", file=sys.stderr)
+            say_error(ended)
             return 1
         if debug or told is None:
             sys.stderr.write(shown(redact(traceback.format_exc())))
             return 1 if told is None else 2
-        print(f"error: {shown(redact(str(told)))}", file=sys.stderr)
+        say_error(str(told))
         return 2
     return 0
 

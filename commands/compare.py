@@ -2,7 +2,6 @@
 
 import json
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from commands.comparison.tracking import track
 from commands.comparison.verdicts import verdicts
 from core.errors import ConfigurationError
 from core.files import check_writable, without_nan, write_whole
+from core.terminal import fitted
 from core.text import printable
 
 MARK = "<title>Comparison: "
@@ -50,7 +50,7 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     if matches:
         console.print(pairwise_table(matches, width=console.width))
     for line in [*(f"note: {note}" for note in notes), "Did they get better?", *(f"  {told}" for told in answers)]:
-        console.print(wrapped(line, console), markup=False, highlight=False, soft_wrap=True)
+        console.print(fitted(line, is_terminal=console.is_terminal), markup=False, highlight=False, soft_wrap=True)
     page = render_report(runs, matches, answers=answers, notes=notes)
     try:
         write_whole(output / "summary.json", json.dumps(summary(runs, matches, answers, notes), indent=2) + "\n")
@@ -66,14 +66,6 @@ def compare(directories: list[Path], output: Path, *, wandb_mode: Mode | None = 
     except Exception as error:  # whatever W&B has: the report is there
         told = str(error).strip().partition("\n")[0]
         console.print(f"note: W&B has no comparison ({type(error).__name__}: {told})", markup=False, soft_wrap=True)
-
-
-def wrapped(line: str, console: Console) -> str:
-    """A line for a terminal broken between words, its further lines indented; for a file as it is."""
-    if not console.is_terminal:
-        return line
-    beyond = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(line, console.width, subsequent_indent=beyond, break_on_hyphens=False)
 
 
 def check_own(output: Path) -> None:

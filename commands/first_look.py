@@ -6,15 +6,14 @@ here and not imported. Whatever is not known to be wrong is left to the parser.
 
 import ast
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from commands.explaining import unknown
-from core.secrets import redact, secret_in
-from core.text import shown
+from core.secrets import secret_in
+from core.terminal import say_error
 
 ROOT = Path(__file__).parents[1]
 LIGHTNING = {"trainer": ("pytorch/trainer/trainer.py",), "checkpoint": ("pytorch/callbacks/model_checkpoint.py",)}
@@ -74,7 +73,7 @@ def check(command: str, arguments: list[str]) -> None:
     """Say what is wrong in a line and end with exit code 2, where something is known to be."""
     flaw = next(flaws(command, arguments), None)
     if flaw is not None:
-        sys.stderr.write(f"error: {shown(redact(flaw))}\n")
+        say_error(flaw)
         raise SystemExit(2)
 
 

@@ -1,7 +1,6 @@
 """The options of each command but ``fit`` and ``validate``, at hand before anything large is imported."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -9,8 +8,7 @@ from typing import NoReturn
 from typing_extensions import override
 
 from commands.explaining import explain
-from core.secrets import redact
-from core.text import shown
+from core.terminal import say_error
 
 OF_A_CONFIG = "Every option of fit stands beside them: --config FILE, --data.max_length TOKENS, ..."
 MOST_ROWS = 1_000
@@ -30,8 +28,7 @@ class Options(argparse.ArgumentParser):
 
     @override
     def error(self, message: str) -> NoReturn:
-        told = explain(message, {action.dest for action in self._actions})
-        sys.stderr.write(f"error: {shown(redact(told))}\n")
+        say_error(explain(message, {action.dest for action in self._actions}))
         raise SystemExit(2)
 
 

@@ -1,6 +1,5 @@
 """What the parsers of the commands share: what a config may name, keys refused, and errors of a few lines."""
 
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +11,7 @@ from core.errors import ConfigurationError
 from core.imports import allowed_packages
 from core.plain import DEEPEST, loaded_file, loaded_yaml
 from core.secrets import redact, secret_in
-from core.text import shown
+from core.terminal import say_error
 
 
 class Parser(ArgumentParser):
@@ -29,7 +28,7 @@ def stop(parser: ArgumentParser, message: str) -> NoReturn:
     if parser._subcommands_action is not None:
         parsers += parser._subcommands_action._name_parser_map.values()
     options = {action.dest for known in parsers for action in known._actions}
-    sys.stderr.write(f"error: {shown(redact(explain(message, options)))}\n")
+    say_error(explain(message, options))
     raise SystemExit(2)
 
 

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
 FORK = multiprocessing.get_context("fork")
 LIMIT_S = 120.0
@@ -57,6 +59,7 @@ def _process(function: Callable[[], int], log: Path, environment: dict[str, str]
             os.dup2(file.fileno(), stream)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # type: ignore[attr-defined]  # as an import finds it
     faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=2)
+    tqdm.set_lock(threading.RLock())  # or a process that is killed would keep the one that all forked ones share
     torch.set_num_threads(1)
     sys.argv = ["cli.py"]
     sys.exit(function())

@@ -313,11 +313,3 @@ def test_a_failure_of_wandb_is_one_line_and_the_report_is_there(
 
 def test_only_a_finite_value_is_a_number() -> None:
     assert [is_number(value) for value in (1, 0.5, math.nan, math.inf, None, "1", True)] == [True, True, *[False] * 5]
-
-
-def test_lines_for_a_terminal_break_between_words_and_those_for_a_file_do_not() -> None:
-    line = "  sft: yes, better than the reference; it wins 76.0 % [72.2, 79.4] of 300 prompts."
-    shown = command.wrapped(line, Console(width=60, force_terminal=True, file=io.StringIO()))
-    assert [len(part) <= 60 for part in shown.split("\n")] == [True, True]
-    assert shown.replace("\n    ", " ") == line
-    assert command.wrapped(line, Console(width=60, file=io.StringIO())) == line

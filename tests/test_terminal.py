@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.logging.line_progress import LineProgress, figures
 from callbacks.logging.terminal_progress import TerminalProgress
 from core.progress import Display, bar
+from core.terminal import fitted
 from datamodules.batches import PromptBatch
 from lightning_modules import RLOOModule
 from lightning_modules.rewards.rules import brevity
@@ -132,6 +133,18 @@ def test_what_is_left_is_told_by_the_pace_of_the_steps(
     lines = capsys.readouterr().out.splitlines()
     assert not lines[0].endswith("left")
     assert lines[-1].endswith("485 s left")
+
+
+def test_lines_for_a_terminal_break_between_words_and_those_for_a_file_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/that/is/longer-than/the/terminal/is-wide.yaml"
+    line = f"  sft: yes, better than the reference; see {path} for more"
+    shown = fitted(f"{line}\nshort", is_terminal=True)
+    *first, last = shown.split("\n")
+    assert last == "short"
+    assert all(len(part) <= 40 or part.strip() == path for part in first)
+    assert "\n".join(first).replace("\n    ", " ") == line
+    assert fitted(line, is_terminal=False) == line
 
 
 def test_work_is_shown_once_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
