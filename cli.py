@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
         look(command, rest)
         rest = [command, *rest]
-    elif command != "serve-reward":
+    else:
         from commands.options import check
 
         check(command, rest)

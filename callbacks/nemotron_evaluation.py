@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from callbacks.evaluation.cache import ScoreMemory, open_cache
 from callbacks.evaluation.completions import Decoding, completers
 from callbacks.evaluation.evaluate import evaluate
 from callbacks.evaluation.monitors import Monitors
-from callbacks.evaluation.report import tell
+from callbacks.evaluation.report import keep, report
 from callbacks.evaluation.result import EvaluationResult
 from callbacks.evaluation.result_record import read_result
 from callbacks.evaluation.schedule import ends_here, folder, is_due, judged
@@ -93,6 +94,7 @@ class NemotronEvaluation(Callback):
         self._prompts: list[Prompt] = []
         self._memory = ScoreMemory()
         self._last: tuple[int, EvaluationResult] | None = None  # the step and the result of the last evaluation
+        self._headline: Callable[[], None] | None = None  # prints that of the last evaluation, until it has been
         self._monitors = Monitors()
         self._ranks = processes_for(self.reward)
         self._check_options()
@@ -194,6 +196,7 @@ class NemotronEvaluation(Callback):
             numbers = self.evaluate(trainer, pl_module, place).logged()
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
+            self._tell()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,6 +218,16 @@ class NemotronEvaluation(Callback):
         for name in self._monitors.names - set(numbers):  # a checkpoint callback expects a value at every validation
             pl_module.log(name, math.nan, rank_zero_only=False, batch_size=1)
 
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The headline is the last that is said of a validation."""
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._headline is not None:
+            self._headline()
+        self._headline = None
+
     def evaluate(self, trainer: Trainer, module: FineTuningModule, directory: Path) -> EvaluationResult:
         """Evaluate the module's model and write ``metrics.json`` and ``pairs.jsonl``; the same result on every rank."""
         asking = functools.partial(bar, trainer, "asking the judge")
@@ -233,7 +246,9 @@ class NemotronEvaluation(Callback):
                 model_digest=tensors_digest(weight for _, weight in module.exported_weights()),
                 max_failed_share=self.max_failed_share,
             )
-        self._ranks.gather(lambda: tell(trainer, found, directory) if trainer.is_global_zero else None)
+        self._ranks.gather(lambda: keep(trainer, found, directory) if trainer.is_global_zero else None)
+        named = None if trainer.state.fn == "fit" else directory
+        self._headline = functools.partial(report, found.result, found.reasons, named)
         self._last = trainer.global_step, found.result
         return found.result
 

@@ -25,6 +25,7 @@ UNKNOWN = (
     re.compile(r"(?:Key|key) '(?P<name>[^']+)' is not expected"),
     re.compile(r"No action for key ['\"](?P<name>[^'\"]+)"),
 )
+OF_ARGPARSE = re.compile(r"argument (?P<name>\S+): invalid (?P<kind>\w+) value: '(?P<value>.*)'")
 
 
 def explain(message: str, options: Iterable[str]) -> str:
@@ -40,6 +41,8 @@ def explain(message: str, options: Iterable[str]) -> str:
     if "arguments are required" in message:
         hint = "; name a config (--config configs/sft.yaml)" if "model" in message else ""
         return " ".join(message.split()) + hint
+    if found := OF_ARGPARSE.search(message):
+        return f"{found['name'].lstrip('-')} must be {PLAIN.get(found['kind'], found['kind'])}, got {found['value']}"
     denied = re.search(r"[Ii]mport(?:ing| path) '([\w.]+)' is not allowed", message)
     if denied:
         return shadowed(denied[1]) or (

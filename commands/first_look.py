@@ -1,4 +1,4 @@
-"""What is wrong with a command line of ``fit`` or ``validate``, seen before anything large is imported.
+"""What is wrong with a command line that takes a config's options, seen before anything large is imported.
 
 Parsing needs the classes, and with them torch: seconds. The names of their options are in the sources, which are read
 here and not imported. Whatever is not known to be wrong is left to the parser.
@@ -69,21 +69,27 @@ ELSEWHERE = {
 """What other trainers call an option, or what one would."""
 
 
-def check(command: str, arguments: list[str]) -> None:
-    """Say what is wrong in a line and end with exit code 2, where something is known to be."""
-    flaw = next(flaws(command, arguments), None)
+def check(command: str, arguments: list[str], *, also: Iterable[str] = ()) -> None:
+    """Say what is wrong in a line and end with exit code 2, where something is known to be.
+
+    Args:
+        command: Which takes the options of a config.
+        arguments: Behind it.
+        also: Options that it has beside them, to be named where one is misspelt.
+    """
+    flaw = next(flaws(command, arguments, also=also), None)
     if flaw is not None:
         say_error(flaw)
         raise SystemExit(2)
 
 
-def flaws(command: str, arguments: list[str]) -> Iterator[str]:
+def flaws(command: str, arguments: list[str], *, also: Iterable[str] = ()) -> Iterator[str]:
     """What is known to be wrong, in the order of the arguments."""
     foreign = names_others(arguments)
     for argument, before in zip(arguments, ["", *arguments], strict=False):
         name, equals, _ = argument.lstrip("-").partition("=")
         if argument.startswith("--") and secret_in({name: "any value"}) is None:  # else the parser refuses it
-            yield from flaws_of_option(argument, name, foreign=foreign)
+            yield from flaws_of_option(argument, name, foreign=foreign, also=also)
         elif argument.endswith((".yaml", ".yml")) and (not before.startswith("-") or "=" in before):
             yield f"{command} takes its config by name: --config {argument}"
         if before in ("--config", "-c") or (equals and name == "config"):
@@ -97,13 +103,14 @@ def flaws_of_config(name: str) -> Iterator[str]:
         yield f"--config {name} does not exist; did you mean --config {ready}?"
 
 
-def flaws_of_option(argument: str, name: str, *, foreign: bool) -> Iterator[str]:
+def flaws_of_option(argument: str, name: str, *, foreign: bool, also: Iterable[str] = ()) -> Iterator[str]:
     """What is wrong with an option's name.
 
     Args:
         argument: As it was given.
         name: The same without dashes and value.
         foreign: Whether a model or a data module is not of this suite, with options that are not known here.
+        also: Options beside those of a config.
     """
     section, _, rest = name.partition(".")
     option = rest.removeprefix("init_args.").partition(".")[0].rstrip("+")
@@ -119,7 +126,7 @@ def flaws_of_option(argument: str, name: str, *, foreign: bool) -> Iterator[str]
             yield f"there is no option {argument.partition('=')[0]!r}; did you mean --{there}?"
         else:
             every = [f"{section}.{known}" for section in SOURCES for known in options_of(section)]
-            yield unknown(argument, [*OWN, *SOURCES, *every])
+            yield unknown(argument, [*OWN, *also, *SOURCES, *every])
 
 
 def names_others(arguments: Iterable[str]) -> bool:

@@ -22,9 +22,8 @@ from callbacks.checkpoints.exact_resume import ExactResume
 from callbacks.checkpoints.preemption import Preemption
 from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, flat, run_options
 from callbacks.checkpoints.sharded_strategy import ShardedStrategy
-from callbacks.logging.line_progress import LineProgress
+from callbacks.logging.displays import displays
 from callbacks.logging.metrics_file import MetricsFile
-from callbacks.logging.terminal_progress import TerminalProgress
 from callbacks.logging.tracking import WandbTracking, run_name
 from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
@@ -167,11 +166,13 @@ class SuiteCLI(LightningCLI):
             own.append(MemoryRecord(self.planned_memory))
         if self.subcommand == "fit" and self.starts_over is not None:
             own.append(StartOver(self.starts_over))
-        if config.trainer.enable_progress_bar is not False:
-            own.append(TerminalProgress() if sys.stdout.isatty() else LineProgress())
         self.trainer_defaults["callbacks"] = own
-        plugins = self._get(self.config_init, "trainer").plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        summary, bars = config.trainer.enable_model_summary, config.trainer.enable_progress_bar
+        kwargs["enable_model_summary"] = summary or False
+        shown = displays(progress=bars is not False, model=self.subcommand == "fit" and summary is None)
+        asked = self._get(self.config_init, "trainer")
+        kwargs["callbacks"] = [*shown, *listed(asked.callbacks)]  # first, so that an evaluation's headline is last
+        plugins = listed(asked.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         try:
@@ -200,7 +201,7 @@ class SuiteCLI(LightningCLI):
             dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
             name = run_name(self.model.method, self.model.model_name, dataset_name)
             asked = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
-        return [record, *(asked if isinstance(asked, list) else [asked] if asked else [])]
+        return [record, *listed(asked or None)]
 
     def option(self, name: str) -> Any:
         """The value of an option by its dotted name."""
@@ -259,6 +260,11 @@ class SuiteCLI(LightningCLI):
             rank_zero_info(f"judging {model.model_name}{under}" + (f" against {reference}" if reference else ""))
             with fitting_checkpoint(model, path):
                 self.trainer.validate(model, ckpt_path=path, **options)
+
+
+def listed(given: Any) -> list[Any]:
+    """An option that may be one, several or none, as a list."""
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def expanded(path: str) -> str:

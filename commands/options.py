@@ -1,16 +1,21 @@
 """The options of each command but ``fit`` and ``validate``, at hand before anything large is imported."""
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from typing_extensions import override
 
+from commands import first_look
 from commands.explaining import explain
 from core.terminal import say_error
 
 OF_A_CONFIG = "Every option of fit stands beside them: --config FILE, --data.max_length TOKENS, ..."
+OF_A_REWARD = "Options of a reward's class stand behind it: --reward my_rewards.Mentions --reward.word please"
+REWARD_S = re.compile(r"--reward\.|(?!-)")
+"""An option of a reward's class, or the value of one."""
 MOST_ROWS = 1_000
 """Rows that ``inspect`` looks at of each split."""
 IN_A_TALK = """/system TEXT     give a system's turn, and begin anew (without TEXT: none)
@@ -106,8 +111,20 @@ def doctor() -> Options:
     return parser
 
 
+def serve_reward() -> Options:
+    """Of ``serve-reward``."""
+    told = "Serve a reward under the protocol of NVIDIA's Nemotron API, until interrupted."
+    parser = Options("cli.py serve-reward", description=told, epilog=OF_A_REWARD)
+    parser.add_argument("--model", help="directory or hub id of a reward model")
+    parser.add_argument("--reward", help="or the import path of a function or class, or all that --model.reward takes")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for every one (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], Options]] = {
-    parser.__name__: parser for parser in (compare, inspect, plan, chat, push, configs, doctor)
+    parser.__name__.replace("_", "-"): parser
+    for parser in (compare, inspect, plan, chat, push, configs, doctor, serve_reward)
 }
 """By the command."""
 
@@ -115,7 +132,8 @@ PARSERS: dict[str, Callable[[], Options]] = {
 def check(command: str, arguments: list[str]) -> None:
     """Say what help is asked for, or what is wrong, before anything large is imported."""
     parser = PARSERS[command]()
+    _, others = parser.parse_known_args(arguments)
     if parser.epilog == OF_A_CONFIG:
-        parser.parse_known_args(arguments)
-    else:
-        parser.parse_args(arguments)
+        first_look.check(command, others, also={action.dest for action in parser._actions})
+    elif strange := [other for other in others if parser.epilog != OF_A_REWARD or not REWARD_S.match(other)]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")

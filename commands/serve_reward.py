@@ -3,8 +3,7 @@
 import socket
 import sys
 
-from jsonargparse import auto_cli
-
+from commands import options
 from commands.parsing import Parser, check_arguments, restrict
 from core.errors import ConfigurationError
 from lightning_modules.rewards import ModelReward, Reward, resolve_reward
@@ -14,20 +13,21 @@ def run() -> None:
     """Parse the command line and serve."""
     restrict()
     check_arguments(sys.argv[1:])
-    auto_cli(serve_reward, parser_class=Parser)
+    own, of_reward = options.serve_reward().parse_known_args(sys.argv[1:])
+    reward = None if own.reward is None else as_given(["--reward", own.reward, *of_reward])
+    serve_reward(own.model, reward, host=own.host, port=own.port)
 
 
-def serve_reward(
-    model: str | None = None, reward: Reward | str | None = None, host: str = "127.0.0.1", port: int = 8000
-) -> None:
-    """Serve a reward under the protocol of NVIDIA's Nemotron API, until interrupted.
+def as_given(arguments: list[str]) -> Reward | str:
+    """What ``--reward`` names, with the options of its class."""
+    parser = Parser()
+    parser.add_argument("--reward", type=Reward | str)
+    reward: Reward | str = parser.instantiate_classes(parser.parse_args(arguments)).reward
+    return reward
 
-    Args:
-        model: Directory or hub id of a reward model.
-        reward: Or another reward: the import path of a function or class, or all that ``--model.reward`` takes.
-        host: Address to listen at; 0.0.0.0 for every one.
-        port: Port to listen at.
-    """
+
+def serve_reward(model: str | None, reward: Reward | str | None, *, host: str, port: int) -> None:
+    """Serve the one that is given."""
     try:
         from lightning_modules.rewards.server import serve
     except ImportError as error:

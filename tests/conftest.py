@@ -112,7 +112,6 @@ def config(tmp_path: Path, tiny_model_dir: Path, data: Path) -> Any:
                 "default_root_dir": str(tmp_path / "run"),
                 "accelerator": "cpu",
                 "max_epochs": 1,
-                "enable_model_summary": False,
             },
             "model": {"class_path": f"lightning_modules.{method}", "init_args": options},
             "data": {

@@ -96,9 +96,8 @@ def test_help_and_wrong_options_of_a_command_are_told_before_anything_large_is_i
     )
     assert asked.stdout.startswith(f"usage: cli.py {command} ")
     assert asked.stdout.endswith("False 0\n")
-    wrong = {"inspect": ["--rows", "x"], "plan": ["--memory", "x"]}.get(command, ["--no-such-option"])
     told = subprocess.run(
-        [sys.executable, "-c", code, command, *wrong], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, command, "--no-such-option"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert told.stderr.startswith("error: ")
     assert told.stdout == "False 2\n"

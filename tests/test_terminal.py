@@ -18,12 +18,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.logging.displays import described
 from callbacks.logging.line_progress import LineProgress, figures
 from callbacks.logging.terminal_progress import TerminalProgress
 from core.progress import Display, bar
 from core.terminal import fitted
 from datamodules.batches import PromptBatch
-from lightning_modules import RLOOModule
+from lightning_modules import RLOOModule, SFTModule
+from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.rewards.rules import brevity
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +75,21 @@ def test_a_fit_leaves_its_lines_whole_and_no_bar(method: str, columns: int, conf
     )
     assert len(re.findall(headline + r"against -[\d.]+, length ratio [\d.]+", whole)) == 2
     assert sum(line.startswith("epoch 2 of 2  step 4/4") for line in lines) == 1
+    evaluated = next(at for at, line in enumerate(lines) if line.startswith("evaluation on"))
+    assert any(line.startswith("epoch 1 of 2  step 2/4") for line in lines[:evaluated]), "the headline is the last"
+    assert "Qwen2ForCausalLM of 8,896 parameters, all of them trained" in text
     assert f"exported the model to {tmp_path / 'run' / 'final'}" in whole.replace(" /", "/").replace("/tmp", " /tmp")
-    for noise in ("v_num", "log_every_n_steps", "treespec", "Loading weights", "Writing model shards", "0/1", "it/s"):
+    for noise in (
+        "v_num",
+        "log_every_n_steps",
+        "treespec",
+        "Loading weights",
+        "Writing model shards",
+        "0/1",
+        "it/s",
+        "FLOPs",
+        "train mode",
+    ):
         assert noise not in text, noise
 
 
@@ -184,6 +199,18 @@ def test_sampling_in_training_tells_each_token(tiny_model_dir: Path) -> None:
     batch = PromptBatch([[{"role": "user", "content": "a"}]] * 2, [torch.tensor([1, 2]), torch.tensor([2, 1])])
     longest = module.sample(batch, [1, 2]).completion_lengths().max()
     assert display.counts == [1] * int(longest)
+
+
+def test_a_model_is_described_by_what_of_it_is_trained(tiny_model_dir: Path) -> None:
+    whole = SFTModule(model_name=str(tiny_model_dir))
+    beside = SFTModule(model_name=str(tiny_model_dir), lora=LoraOptions(rank=2))
+    for module in (whole, beside):
+        module.configure_model()
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    added = sum(parameter.numel() for name, parameter in beside.named_parameters() if "lora" in name)
+    assert described(whole.model) == f"Qwen2ForCausalLM of {count:,} parameters, all of them trained"
+    share = f"{added:,} ({added / (count + added):.2%})"
+    assert described(beside.model) == f"Qwen2ForCausalLM of {count + added:,} parameters, {share} of them trained"
 
 
 def test_figures_are_short_and_without_the_number_of_a_run() -> None:

@@ -115,6 +115,11 @@ def test_a_wrong_option_of_fit_is_told_in_a_few_lines(arguments: str, message: s
         ("serve-reward --model ./none", "model directory ./none does not exist"),
         ("compare README.md README.md", "is named 2 times; name each run once"),
         ("compare --outpt x", "there is no option '--outpt'; did you mean output?"),
+        ("inspect --config configs/sft.yaml --rowz 3", "there is no option '--rowz'; did you mean rows?"),
+        ("inspect --config configs/sft.yaml --rows many", "rows must be a whole number, got many"),
+        ("plan --config configs/sft.yaml --data.max_lenght 3", "did you mean data.max_length?"),
+        ("plan --config sft", "--config sft does not exist; did you mean --config configs/sft.yaml?"),
+        ("serve-reward --reward lightning_modules.rewards.rules.Mentions --reward.wort x", "did you mean word?"),
         ("compare nowhere", "nowhere has no config.yaml"),
     ],
 )

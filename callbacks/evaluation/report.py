@@ -17,8 +17,8 @@ from callbacks.logging.metrics_file import MetricsFile
 from core.errors import ConfigurationError
 
 
-def tell(trainer: Trainer, found: Evaluation, directory: Path) -> None:
-    """Write the files of an evaluation, print its headline and log its pairs.
+def keep(trainer: Trainer, found: Evaluation, directory: Path) -> None:
+    """Write the files of an evaluation, and log its pairs.
 
     Raises:
         ConfigurationError: If the files cannot be written outside a training; within one that is a warning.
@@ -30,18 +30,16 @@ def tell(trainer: Trainer, found: Evaluation, directory: Path) -> None:
         if trainer.state.fn != "fit":
             raise ConfigurationError(told) from error
         rank_zero_warn(told)  # an epoch without its files must not end a training
-    report(found.result, found.reasons)
-    if trainer.state.fn != "fit":
-        rank_zero_info(f"every figure is in {directory / 'metrics.json'}, every answer in {directory / 'pairs.jsonl'}")
     log_pairs(trainer.loggers, found.pairs)
 
 
-def report(result: EvaluationResult, reasons: Sequence[str]) -> None:
+def report(result: EvaluationResult, reasons: Sequence[str], directory: Path | None = None) -> None:
     """Print the headline, and what is wrong with it.
 
     Args:
         result: Of the evaluation.
         reasons: Why scores are missing, where some are.
+        directory: With the files, to be named too.
     """
     low, high = result.win_rate_ci
     rank_zero_info(
@@ -59,6 +57,8 @@ def report(result: EvaluationResult, reasons: Sequence[str]) -> None:
             f"({'; '.join(reasons) or 'the reward source gave none'}); what is scored is kept, so another one goes on "
             "from there"
         )
+    if directory is not None:
+        rank_zero_info(f"every figure is in {directory / 'metrics.json'}, every answer in {directory / 'pairs.jsonl'}")
 
 
 def log_pairs(loggers: Sequence[Logger], pairs: Sequence[Pair]) -> None:
