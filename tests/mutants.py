@@ -227,9 +227,9 @@ PLANTED = [
     Mutant(IO, "            os.fsync(file.fileno())\n", "", "tests/test_checkpoint_io.py -k bytes_reach"),
     Mutant(IO, "        sync_directory(target.parent)\n", "", "tests/test_checkpoint_io.py -k bytes_reach"),
     Mutant(
-        "commands/parsing.py",
-        "shown(redact(explain(message, options)))",
-        "shown(explain(message, options))",
+        "core/terminal.py",
+        "shown(redact(message))",
+        "shown(message)",
         "tests/test_hostile_input.py -k echo",
     ),
     Mutant(
