@@ -35,6 +35,8 @@ WRONG = [
     ("--evaluation.num_prompt 4", "did you mean evaluation.num_prompts?"),
     ("--evaluation.reward lightning_modules.rewards.rules.brevitty", "no reward at the import path"),
     ("--wandb.mode off", "wandb.mode must be one of 'online', 'offline', 'disabled' or null, got off"),
+    ("--wandb.project a/b", "Invalid project name 'a/b': cannot contain characters"),
+    (f"--wandb.tags [{'x' * 65}]", "Tags must be between 1 and 64 characters; change wandb.tags"),
     ("--wandb.mod offline", "did you mean wandb.mode?"),
     ("--trainer.strategy dpp", "did you mean ddp?"),
     ("--trainer.devices -3", "`devices` selected with `CPUAccelerator` should be an int > 0"),

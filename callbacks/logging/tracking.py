@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from core.errors import ConfigurationError
 from core.secrets import redact
 from datamodules.source import FORMATS
 
@@ -55,12 +56,20 @@ class WandbTracking(WandbLogger):
             mode = "offline"
         offline = mode != "online"
         upload: Literal["all"] | bool = {"none": False, "last": True, "all": "all"}[checkpoints]  # type: ignore[assignment]
-        settings = wandb.Settings(silent=offline, init_timeout=INIT_TIMEOUT_S)
+        project = os.environ.get("WANDB_PROJECT", project)
+        try:
+            named: dict[str, Any] = {"project": project, "run_tags": tags}
+            settings = wandb.Settings(silent=offline, init_timeout=INIT_TIMEOUT_S, **named)
+        except wandb.errors.UsageError as error:
+            raise ConfigurationError(f"{error}; change wandb.project") from error
+        except ValueError as error:  # pydantic's, which says much around it
+            reason = str(error).partition("Value error, ")[2].partition(" [type=")[0]
+            raise ConfigurationError(f"{reason or error}; change wandb.tags") from error
         extra: dict[str, Any] = {"settings": settings, "mode": mode, "job_type": job_type, "group": group, "tags": tags}
         super().__init__(
             name=name,
             save_dir=save_dir,
-            project=os.environ.get("WANDB_PROJECT", project),
+            project=project,
             offline=offline,
             log_model=upload if not offline else False,
             **extra,
