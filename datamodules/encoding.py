@@ -29,7 +29,7 @@ Columns = dict[str, Any]
 IDS = List(Value("int32"))
 KEY = "prompt_key"
 """The column of what tells prompts apart, whatever their case and spaces."""
-ROWS_PER_PART = 20_000
+ROWS_PER_PART = 50_000
 """What is encoded and kept at a time, so a stop costs no more."""
 
 
