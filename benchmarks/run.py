@@ -22,8 +22,12 @@ from benchmarks.table import Result, comparison, growth, speed
 from benchmarks.variants import SUITE, TRL
 from benchmarks.workloads import WORKLOADS, Size, Workload, make
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc keeps what is freed, where by default each large tensor is mapped, and its pages cleared, anew."""
+ALLOCATORS = {
+    "tuned": {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    "default": {},
+    "frugal": {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)},
+}
+"""What glibc does with freed memory: keep it, which is fast; what it thinks best; give it back, which shows the use."""
 
 
 class Sweep(NamedTuple):
@@ -60,7 +64,8 @@ def contestants(workload: str, options: argparse.Namespace) -> list[Contestant]:
             first = names[0]
             found += [Contestant(name, side, variants[name], side == "trl" and name == first) for name in names]
             if options.lora and workload != "generation":
-                found.append(Contestant(f"{first}, LoRA", side, {**variants[first], "lora": options.lora}, False))
+                adapted = {f"{name}, LoRA": {**variants[name], "lora": options.lora} for name in names}
+                found += [Contestant(name, side, variant, False) for name, variant in adapted.items()]
     return found
 
 
@@ -123,7 +128,7 @@ def measure(job: Job, options: argparse.Namespace, scratch: Path) -> dict[str, f
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
-        **(ALLOCATOR if options.allocator == "tuned" else {}),
+        **ALLOCATORS[options.allocator],
     }
     command = [sys.executable, "-m", "benchmarks.side", str(folder / "job.json"), str(folder / "result.json")]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -165,7 +170,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", choices=("32", "bf16"), help="bf16 on a GPU and 32 on a CPU by default")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of all processes together")
-    parser.add_argument("--allocator", default="tuned", choices=("tuned", "default"), help="of glibc, on both sides")
+    parser.add_argument("--allocator", default="tuned", choices=ALLOCATORS, help="of glibc, on both sides")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=2, help="steps that are")
