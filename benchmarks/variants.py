@@ -15,8 +15,10 @@ SUITE: dict[str, Variants] = {
         "suite, a pair at a time": {"data": {"batch_size": 1}, "trainer": {"accumulate_grad_batches": 4}},
         "suite, reference in each step": {"model": {"precompute_reference": False}},
         "suite, gradient checkpointing": {"model": {"gradient_checkpointing": True}},
-        "suite, reference in each step and checkpointing": {
-            "model": {"precompute_reference": False, "gradient_checkpointing": True}
+        "suite, a pair at a time, checkpointing, reference in each step": {
+            "data": {"batch_size": 1},
+            "trainer": {"accumulate_grad_batches": 4},
+            "model": {"precompute_reference": False, "gradient_checkpointing": True},
         },
     },
     "rloo": {

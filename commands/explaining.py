@@ -42,7 +42,7 @@ def explain(message: str, options: Iterable[str]) -> str:
         hint = "; name a config (--config configs/sft.yaml)" if "model" in message else ""
         return " ".join(message.split()) + hint
     if found := OF_ARGPARSE.search(message):
-        return f"{found['name'].lstrip('-')} must be {PLAIN.get(found['kind'], found['kind'])}, got {found['value']}"
+        return f"{found['name']} must be {PLAIN.get(found['kind'], found['kind'])}, got {found['value']}"
     denied = re.search(r"[Ii]mport(?:ing| path) '([\w.]+)' is not allowed", message)
     if denied:
         return shadowed(denied[1]) or (

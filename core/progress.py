@@ -38,9 +38,9 @@ class Display(ProgressBar):
         raise NotImplementedError
 
 
-def bar(trainer: Trainer, title: str, total: int, *, after_s: float = 0.0) -> AbstractContextManager[Any]:
+def bar(trainer: Trainer | None, title: str, total: int, *, after_s: float = 0.0) -> AbstractContextManager[Any]:
     """A bar in the run's own display, where it has one that is on."""
-    display = trainer.progress_bar_callback
+    display = None if trainer is None else trainer.progress_bar_callback
     if isinstance(display, Display) and display.enabled:
         return display.bar(title, total, after_s=after_s)
     return nullcontext(Quiet())

@@ -196,7 +196,7 @@ class RLOOModule(FineTuningModule):
     def sample(self, batch: PromptBatch, seeds: Sequence[int]) -> Samples:
         """A sample for each seed; those of a prompt are neighbours."""
         length = self.max_completion_length
-        shown = bar(self.trainer, "sampling", length, after_s=1.0)
+        shown = bar(self._trainer, "sampling", length, after_s=1.0)
         with gathered(self.model) as model, in_step(model), shown as told:
             samples: Samples = sample_completions(
                 model,

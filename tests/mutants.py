@@ -441,7 +441,7 @@ OWN = [
         "lightning_modules/rloo.py",
         "        scores = self._ranks.own(score)",
         "        scores = score()",
-        "tests/test_ranks.py -k longer_than_their_group",
+        "tests/test_ranks.py -k waited_for",
     ),
     Mutant(EXPORT, "if place.exists() and not is_export(place):", "if False:", "tests/test_run_folder.py -k export"),
     Mutant(

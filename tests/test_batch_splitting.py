@@ -81,7 +81,7 @@ def test_the_short_last_window_of_an_epoch_is_weighted_by_what_it_holds(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("cli")
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_s_gradient_is_the_same_on_two_ranks(material: Path, tmp_path: Path, sharded: bool) -> None:
     command_line = [sys.executable, "-m", "tests.splitting", str(material), *(["--sharded"] if sharded else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

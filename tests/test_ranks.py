@@ -76,20 +76,9 @@ def test_a_rank_that_fails_or_is_killed_ends_the_others_at_once() -> None:
     assert len(table.splitlines()) == 5
 
 
-def test_ranks_wait_for_a_slow_reward_longer_than_their_group_would() -> None:
-    in_a_process_of_its_own("tests.hangs", "--cases", "slow-reward")
-
-
 @pytest.mark.slow
-def test_a_rank_that_fails_anywhere_ends_the_others_at_once() -> None:
+def test_a_rank_that_fails_anywhere_ends_the_others_at_once_and_a_slow_reward_is_waited_for() -> None:
     in_a_process_of_its_own("tests.hangs")
-
-
-def test_validation_figures_are_the_same_on_three_processes_with_fewer_rows_than_those() -> None:
-    table = in_a_process_of_its_own(
-        "tests.shards", "--rows", "2", "--ranks", "3", "--methods", "SFTModule", "RLOOModule"
-    )
-    assert len(table.splitlines()) == 4
 
 
 @pytest.mark.slow

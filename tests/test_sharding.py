@@ -88,6 +88,7 @@ def test_a_reference_that_one_process_knows_enough_of_is_asked_by_both(config: A
     assert read_table(table) == known
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_one_process_goes_on_with_a_run_of_two_behind_the_rows_that_they_have_seen(
     config: Any, tmp_path: Path, cli: Cli
