@@ -63,9 +63,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    print(
-        "| round | suite, s | transformers' mask, s | ids alone, s | suite over mask | over ids |\n|" + "---|" * 6
-    )
+    print("| round | suite, s | transformers' mask, s | ids alone, s | suite over mask | over ids |\n|" + "---|" * 6)
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as directory:
             datasets.config.HF_DATASETS_CACHE = Path(directory) / "cache"

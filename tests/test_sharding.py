@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_two_processes_share_a_model_and_one_exports_the_same(
     path = config(method, model=adapter)
     result = launch("fit", "--config", path, *OVERLAY, "--trainer.devices", "2")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"^Qwen2For\w+ of [\d,]+ parameters, ", result.stderr, re.MULTILINE), "of the whole, by its name"
     run = tmp_path / "run"
     last = run / "checkpoints" / "last.ckpt"
     assert len(list(last.glob("*.distcp"))) == 2, "each process has written its part"

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from callbacks.logging.line_progress import LineProgress
 from callbacks.logging.terminal_progress import TerminalProgress
+from lightning_modules.models.sharding import plain_class
 
 
 class ModelLine(Callback):
@@ -24,7 +25,7 @@ def described(model: PreTrainedModel) -> str:
     """A model's class, its parameters, and those that are trained."""
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     part = "all" if trained == total else f"{trained:,} ({trained / total:.2%})"
-    return f"{type(model).__name__} of {total:,} parameters, {part} of them trained"
+    return f"{plain_class(model).__name__} of {total:,} parameters, {part} of them trained"
 
 
 def displays(*, progress: bool, model: bool) -> list[Callback]:
