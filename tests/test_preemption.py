@@ -61,9 +61,7 @@ def child_of(pid: int) -> int:
     [
         pytest.param("auto", 0, signal.SIGTERM, marks=SLOW),
         ("auto", 0, signal.SIGINT),
-        pytest.param("auto", 0, signal.SIGUSR1, marks=SLOW),
         pytest.param("ddp", 0, signal.SIGTERM, marks=SLOW),
-        pytest.param("ddp", 1, signal.SIGTERM, marks=SLOW),
         pytest.param("ddp", 1, signal.SIGUSR1, marks=SLOW),
         pytest.param("ddp", 1, signal.SIGINT, marks=SLOW),
         pytest.param(SHARDED, 0, signal.SIGTERM, marks=SLOW),
