@@ -14,6 +14,8 @@ def run() -> None:
     restrict()
     check_arguments(sys.argv[1:])
     own, of_reward = options.serve_reward().parse_known_args(sys.argv[1:])
+    if own.reward is None and of_reward:
+        raise ConfigurationError(f"{of_reward[0]!r} belongs to a reward, and none is named: name one in --reward")
     reward = None if own.reward is None else as_given(["--reward", own.reward, *of_reward])
     serve_reward(own.model, reward, host=own.host, port=own.port)
 

@@ -128,9 +128,11 @@ def test_large_weights_in_half_precision_are_finite() -> None:
     wrapped.layer = module
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     TrainingHealth().on_save_checkpoint(trainer, wrapped, {})
-    torch.nn.init.constant_(module.bias, torch.inf)
-    with pytest.raises(ConfigurationError, match="the weights are not finite"):
-        TrainingHealth().on_save_checkpoint(trainer, wrapped, {})
+    for wrong in (torch.inf, -torch.inf, torch.nan):
+        torch.nn.init.zeros_(module.bias)
+        module.bias.data[7] = wrong
+        with pytest.raises(ConfigurationError, match="the weights are not finite"):
+            TrainingHealth().on_save_checkpoint(trainer, wrapped, {})
 
 
 @pytest.mark.filterwarnings("ignore")

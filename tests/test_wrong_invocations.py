@@ -122,6 +122,8 @@ def test_a_wrong_option_of_fit_is_told_in_a_few_lines(arguments: str, message: s
         ("plan --config configs/sft.yaml --data.max_lenght 3", "did you mean data.max_length?"),
         ("plan --config sft", "--config sft does not exist; did you mean --config configs/sft.yaml?"),
         ("serve-reward --reward lightning_modules.rewards.rules.Mentions --reward.wort x", "did you mean word?"),
+        ("serve-reward --reward.word x --port 8123", "'--reward.word' belongs to a reward, and none is named"),
+        ("serve-reward --model ./none more", "'more' belongs to a reward"),
         ("compare nowhere", "nowhere has no config.yaml"),
     ],
 )

@@ -129,7 +129,8 @@ class ShardedStrategy(ModelParallelStrategy):
         states: list[Any] = [get_optimizer_state_dict(model, optimizer)["state"] for optimizer in optimizers]
         content = read_shards(Path(checkpoint_path), named_tensors(weights, states))
         module.load_state_dict(weights, strict=module.strict_loading)
-        for optimizer, state, groups in zip(optimizers, states, content[GROUPS], strict=False):  # none in a validation
+        saved = content[GROUPS] if optimizers else []  # a validation has no use for them
+        for optimizer, state, groups in zip(optimizers, states, saved, strict=True):
             set_optimizer_state_dict(model, optimizer, optim_state_dict={"state": state, "param_groups": groups})
         return content
 

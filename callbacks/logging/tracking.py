@@ -61,7 +61,7 @@ class WandbTracking(WandbLogger):
             named: dict[str, Any] = {"project": project, "run_tags": tags}
             settings = wandb.Settings(silent=offline, init_timeout=INIT_TIMEOUT_S, **named)
         except wandb.errors.UsageError as error:
-            raise ConfigurationError(f"{error}; change wandb.project") from error
+            raise ConfigurationError(f"{error}; change wandb.project, or WANDB_PROJECT") from error
         except ValueError as error:  # pydantic's, which says much around it
             reason = str(error).partition("Value error, ")[2].partition(" [type=")[0]
             raise ConfigurationError(f"{reason or error}; change wandb.tags") from error
