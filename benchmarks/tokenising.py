@@ -17,8 +17,8 @@ from typing import Any
 import datasets
 
 from datamodules import CustomDataModule
-from datamodules.base import cores
 from datamodules.chat import load_tokenizer
+from datamodules.encoding import cores
 
 TEMPLATE = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
@@ -29,7 +29,7 @@ from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
 from commands.launch import SameContent, check_surroundings, meet
-from commands.parsing import check_arguments, refuse_secrets, restrict, stop
+from commands.parsing import ConfigParser, check_arguments, refuse_secrets, restrict
 from commands.quiet import quieten
 from commands.run_folder import FolderLock, RunFolder, StartOver, give_up_locks, judge_final
 from commands.run_record import MemoryRecord, SaveConfig
@@ -38,14 +38,6 @@ from core.files import check_writable
 from datamodules.base import ChatDataModule
 from lightning_modules.base import FineTuningModule
 from lightning_modules.untrained import EvaluationModule, NoRows
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's, with short errors."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        stop(self, message)
 
 
 class SuiteCLI(LightningCLI):
@@ -285,7 +277,7 @@ PARSING: dict[str, Any] = {
     "subclass_mode_model": True,
     "subclass_mode_data": True,
     "seed_everything_default": 42,
-    "parser_class": Parser,
+    "parser_class": ConfigParser,
     "parser_kwargs": {"allow_abbrev": False},
     "auto_configure_optimizers": False,
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from commands.explaining import did_you_mean, explain
@@ -19,17 +20,17 @@ class Parser(ArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        stop(self, message)
+        """Say what is wrong in a few lines, without the usage of five hundred options, and end with exit code 2."""
+        parsers: list[Any] = [self]
+        if self._subcommands_action is not None:
+            parsers += self._subcommands_action._name_parser_map.values()
+        options = {action.dest for known in parsers for action in known._actions}
+        say_error(explain(message, options))
+        raise SystemExit(2)
 
 
-def stop(parser: ArgumentParser, message: str) -> NoReturn:
-    """Say what is wrong in a few lines, without the usage of five hundred options, and end with exit code 2."""
-    parsers: list[Any] = [parser]
-    if parser._subcommands_action is not None:
-        parsers += parser._subcommands_action._name_parser_map.values()
-    options = {action.dest for known in parsers for action in known._actions}
-    say_error(explain(message, options))
-    raise SystemExit(2)
+class ConfigParser(Parser, LightningArgumentParser):
+    """Lightning's, with the same."""
 
 
 def restrict() -> None:

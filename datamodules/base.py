@@ -1,11 +1,8 @@
 """What every data module does alike: load, encode, report what was dropped, and batch, on one process or many."""
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from datasets import Dataset
@@ -14,7 +11,6 @@ from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from datamodules import chat, chat_template, encoding, formats, messages
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
@@ -35,9 +31,6 @@ from datamodules.splits import decontaminated, kept
 from datamodules.token_budget import TokenBudgetSampler, best_fit
 
 Encoder = Callable[..., Any]
-ROWS_PER_PROCESS = 2_000
-"""The fewest rows for which starting a process to tokenise pays."""
-
 ENCODERS: Mapping[Task, Encoder] = {
     "conversations": encode_conversation_row,
     "preferences": encode_preference_row,
@@ -199,16 +192,13 @@ class ChatDataModule(LightningDataModule):
             rows = rows.select(range(min(self.max_samples, len(rows))))
         encoder, reader = self.reading(rows)
         tail = len(tail_ids(self.tokenizer)) if self.task == "preferences" else 0
-        processes = min(cores(), len(rows) // ROWS_PER_PROCESS)
         encoded = encode_rows(
             rows,
             encoder,
-            processes=processes if processes > 1 else None,
             title=f"tokenising {split}",
             read=reader,
             tokenizer=self.tokenizer,
             max_length=self.max_length - tail,
-            code=code_digest(),  # rows that other code encoded are in the cache under another key
         )
         return rows, encoded
 
@@ -286,17 +276,6 @@ class ChatDataModule(LightningDataModule):
         if self.task == "preferences":
             return partial(collate_preferences, pad_token_id=pad_token_id, tail_ids=tail_ids(self.tokenizer))
         return collate_prompts
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def code_digest() -> str:
-    """Of the code that rows are encoded with."""
-    files = (Path(str(module.__file__)) for module in (messages, formats, chat_template, chat, encoding))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def collate_columns(columns: Mapping[str, Sequence[Any]], *, collate: Callable[[Sequence[Any]], Any]) -> Any:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -29,6 +31,10 @@ Columns = dict[str, Any]
 IDS = List(Value("int32"))
 KEY = "prompt_key"
 """The column of what tells prompts apart, whatever their case and spaces."""
+CODE = ("messages", "formats", "chat_template", "chat", "encoding")
+"""The modules that rows are encoded with."""
+ROWS_PER_PROCESS = 2_000
+"""The fewest for which starting a process pays."""
 ROWS_PER_PART = 50_000
 """What is encoded and kept at a time, so a stop costs no more."""
 
@@ -63,16 +69,18 @@ def row_encoder(**columns: Any) -> Callable[[Callable[..., Columns]], Callable[.
     return decorate
 
 
-def encode_rows(rows: Dataset, encode: Any, *, processes: int | None, title: str, **options: Any) -> Dataset:
-    """Encode rows part by part; a part that is whole is on disk, and neither encoded again nor held in memory.
+def encode_rows(rows: Dataset, encode: Any, *, title: str, **options: Any) -> Dataset:
+    """Encode rows part by part, on all cores; a part that is whole is on disk, and not made again nor held in memory.
 
     Args:
         rows: Of a split.
-        encode: A function that :func:`row_encoder` made.
-        processes: How many share a part; None for this one alone.
+        encode: A function that :func:`row_encoder` made, or one that takes many rows.
         title: Of the progress bar.
-        options: Of the encoder.
+        options: Of the encoder, which gets the digest of the code too, so that rows that other code encoded are in
+            the cache under another key.
     """
+    processes = min(cores(), len(rows) // ROWS_PER_PROCESS)
+    options["code"] = code_digest()
     parts: list[Dataset] = []
     for first in range(0, len(rows), ROWS_PER_PART):
         part = rows.select(range(first, min(first + ROWS_PER_PART, len(rows))))
@@ -84,11 +92,22 @@ def encode_rows(rows: Dataset, encode: Any, *, processes: int | None, title: str
             fn_kwargs=options,
             features=encode.features,
             remove_columns=rows.column_names,
-            num_proc=processes,
+            num_proc=processes if processes > 1 else None,
             desc=title + number,
         )
         parts.append(encoded)
     return concatenate_datasets(parts)
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def code_digest() -> str:
+    """Of the code that rows are encoded with."""
+    files = (Path(__file__).with_name(f"{name}.py") for name in CODE)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @row_encoder(input_ids=IDS, completion_mask=List(Value("bool")))

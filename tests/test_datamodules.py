@@ -10,7 +10,7 @@ import torch
 from datasets import Features, load_dataset
 
 from core.errors import ConfigurationError
-from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, base, encoding
+from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, encoding
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE
@@ -158,7 +158,7 @@ def test_the_encoding_code_is_a_part_of_the_cache_s_key(
 
     assert key() == key()
     before = key()
-    monkeypatch.setattr(base, "code_digest", lambda: "other code")
+    monkeypatch.setattr(encoding, "code_digest", lambda: "other code")
     assert key() != before
 
 
@@ -376,7 +376,7 @@ def test_a_row_at_the_exact_limit_is_kept_and_one_token_more_is_not(
     assert prompt.messages == [user("" if over else "q")]
 
 
-def noted(row: dict[str, Any], index: int, *, notes: str) -> dict[str, Any]:
+def noted(row: dict[str, Any], index: int, *, notes: str, code: str) -> dict[str, Any]:
     """An encoder that says which rows it was given, and that is stopped once."""
     if row["n"] == 6 and not Path(notes, "stopped").exists():
         Path(notes, "stopped").touch()
@@ -397,7 +397,7 @@ def test_a_tokenisation_that_was_stopped_goes_on_with_the_part_it_was_at(
     rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path))
 
     def encoded() -> list[list[int]]:
-        found = encoding.encode_rows(rows, noted, processes=None, title="noting", notes=str(tmp_path))
+        found = encoding.encode_rows(rows, noted, title="noting", notes=str(tmp_path))
         return list(found["doubled"])
 
     with pytest.raises(KeyboardInterrupt):
