@@ -14,7 +14,7 @@ from trl.trainer import dpo_trainer, rloo_trainer, sft_trainer  # noqa: F401  # 
 from typing_extensions import override
 
 from benchmarks.job import Job
-from datamodules.encoding import encode_conversation_row
+from datamodules.encoding import encode_conversation_rows, rows_of
 from datamodules.formats import read_messages
 
 Tick = Callable[[], None]
@@ -38,11 +38,10 @@ def sft(job: Job, tick: Tick) -> None:
     The step is one batch, or as many smaller ones as the rows, or the blocks that they are packed into, fill.
     """
     tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
-    encoded = [
-        encode_conversation_row(row, 0, read=read_messages, tokenizer=tokenizer, max_length=MAX_LENGTH)
-        for row in job.read_rows()
-    ]
-    rows = [{name: row[name] for name in ("input_ids", "completion_mask")} for row in encoded]
+    given = job.read_rows()
+    limits = {"read": read_messages, "tokenizer": tokenizer, "max_length": MAX_LENGTH}
+    encoded = encode_conversation_rows(given, range(len(given)), **limits)
+    rows = rows_of({name: encoded[name] for name in ("input_ids", "completion_mask")})
     rows.sort(key=lambda row: len(row["input_ids"]))
     job.check("tokens of a step", sum(len(row["input_ids"]) for row in rows), job.units)
     dataset = Dataset.from_list(rows)

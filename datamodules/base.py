@@ -15,9 +15,10 @@ from datamodules.batches import collate_conversations, collate_preferences, coll
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
 from datamodules.encoding import (
-    encode_conversation_row,
-    encode_preference_row,
-    encode_prompt_row,
+    Encoder,
+    encode_conversation_rows,
+    encode_preference_rows,
+    encode_prompt_rows,
     encode_rows,
     row_lengths,
     rows_digest,
@@ -30,11 +31,10 @@ from datamodules.source import load_rows
 from datamodules.splits import decontaminated, kept
 from datamodules.token_budget import TokenBudgetSampler, best_fit
 
-Encoder = Callable[..., Any]
 ENCODERS: Mapping[Task, Encoder] = {
-    "conversations": encode_conversation_row,
-    "preferences": encode_preference_row,
-    "prompts": encode_prompt_row,
+    "conversations": encode_conversation_rows,
+    "preferences": encode_preference_rows,
+    "prompts": encode_prompt_rows,
 }
 
 

@@ -1,5 +1,6 @@
 """A tokenizer's chat template: found, tried before it is trusted, and made to write."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -80,6 +81,17 @@ class ToolTurns(NamedTuple):
     listed: bool
 
 
+class Conversation(NamedTuple):
+    """What a template is to write: turns, and behind them the opening of an assistant's or nothing.
+
+    ``tools`` is what may be called, as JSON schemas, for templates that list it.
+    """
+
+    messages: Sequence[Message]
+    add_generation_prompt: bool = False
+    tools: Sequence[Any] | None = None
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
@@ -93,22 +105,53 @@ def render(
         TemplateRefusalError: If the template refuses the conversation.
     """
     try:
-        with time_limit(RENDER_S):
-            text = str(
-                tokenizer.apply_chat_template(
-                    list(messages),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    tools=list(tools) if tools else None,
-                )
-            )
+        return _written(tokenizer, [messages], add_generation_prompt, tools)[0]
     except Exception as error:  # a template is a program
         reason = printable(str(error)) if isinstance(error, jinja2.TemplateError) else told(error)
         raise TemplateRefusalError([message["role"] for message in messages], reason) from error
-    if len(text) > LARGEST_RENDERED:
-        reason = f"it makes {len(text):,} characters of them, and {LARGEST_RENDERED:,} are the most"
-        raise TemplateRefusalError([message["role"] for message in messages], reason)
-    return text
+
+
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> list[str | TemplateRefusalError]:
+    """Each conversation as :func:`render` gives it, or the error that it raises.
+
+    Those without tools are asked for together, which takes half the time of as many calls.
+    """
+    found: dict[int, str | TemplateRefusalError] = {}
+    for opened in (True, False):
+        alike = [n for n, one in enumerate(conversations) if one.add_generation_prompt is opened and not one.tools]
+        turns = [conversations[number].messages for number in alike]
+        with contextlib.suppress(Exception):  # each is then asked for alone, and says what is wrong with it
+            found |= zip(alike, _written(tokenizer, turns, opened) if len(turns) > 1 else [], strict=False)
+    for number, (messages, opened, tools) in enumerate(conversations):
+        if number not in found:
+            try:
+                found[number] = render(tokenizer, messages, add_generation_prompt=opened, tools=tools)
+            except TemplateRefusalError as refusal:
+                found[number] = refusal
+    return [found[number] for number in range(len(conversations))]
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
+) -> list[str]:
+    if not all(conversations):
+        raise ValueError("it has no turns")
+    with time_limit(RENDER_S):
+        texts: list[str] = tokenizer.apply_chat_template(  # type: ignore[assignment]
+            [list(messages) for messages in conversations],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            tools=list(tools) if tools else None,
+        )
+    longest = max(map(len, texts))
+    if longest > LARGEST_RENDERED:
+        raise ValueError(f"it makes {longest:,} characters of them, and {LARGEST_RENDERED:,} are the most")
+    return texts
 
 
 def check_template(template: str) -> None:

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from datamodules.base import ENCODERS, ChatDataModule, Encoder
-from datamodules.encoding import encode_texts
+from datamodules.base import ENCODERS, ChatDataModule
+from datamodules.encoding import Encoder, encode_text_rows
 from datamodules.formats import FORMATS, Read, Reader, Task, find_format
 from datamodules.source import load_rows, share, split_names
 
@@ -109,7 +109,7 @@ class CustomDataModule(ChatDataModule):
         if form.name == "text":
             if self.system is not None:
                 raise ConfigurationError(f"{self.dataset_name} has plain text, which takes no data.system; unset it")
-            return encode_texts, form.readers[self.task]
+            return encode_text_rows, form.readers[self.task]
         return ENCODERS[self.task], Read(form.readers[self.task], system=self.system)
 
     def _say_once(self, line: str) -> None:

@@ -50,6 +50,7 @@ DATA, BOUNDARY, EXPORT = (
     "callbacks/checkpoints/boundary_checkpoint.py",
     "callbacks/hugging_face_export.py",
 )
+ENCODING, TOGETHER = "datamodules/encoding.py", "tests/test_datamodules.py -k together"
 FOLDER, KEYS, CHAT = "commands/run_folder.py", "lightning_modules/rewards/keys.py", "datamodules/chat.py"
 
 FORMATS, MIXTURE, CUSTOM = "datamodules/formats.py", "datamodules/mixture.py", "tests/test_custom_data.py"
@@ -562,7 +563,7 @@ OWN = [
     ),
     Mutant(
         "datamodules/chat_template.py",
-        "    if len(text) > LARGEST_RENDERED:",
+        "    if longest > LARGEST_RENDERED:",
         "    if False:",
         "tests/test_foreign_models.py -k huge",
     ),
@@ -661,7 +662,7 @@ OWN = [
     ),
     Mutant(FORMATS, 'prompt = re.sub(r"\\S*$", "", common).rstrip()', "prompt = common", CUSTOM),
     Mutant("datamodules/splits.py", "np.flatnonzero(~shared)", "np.flatnonzero(shared)", CUSTOM),
-    Mutant("datamodules/encoding.py", "[False] + [True] * (len(piece) - 1)", "[True] * len(piece)", CUSTOM),
+    Mutant(ENCODING, "[False] + [True] * (len(piece) - 1)", "[True] * len(piece)", CUSTOM),
     Mutant("datamodules/custom.py", "held_out=held_out, seed=self.split_seed", "held_out=held_out", CUSTOM),
     Mutant("datamodules/chat_template.py", "(calls and not known.calls) or", "", CUSTOM),
     Mutant(MIXTURE, "_order(size, seed, epoch, part, turn)", "_order(size, seed, part, turn)", "tests/test_mixture.py"),
@@ -717,6 +718,11 @@ OWN = [
         "state.setdefault(0, {})[key] = tensor",
         "tests/test_sharding.py -k full_disk",
     ),
+    Mutant(ENCODING, "zip(indices[first:], _run", "zip(indices, _run", "tests/test_datamodules.py -k names_its_row"),
+    Mutant(ENCODING, "islice(encoded, len(each))", "islice(encoded, 1)", TOGETHER),
+    Mutant("datamodules/chat_template.py", "is opened and not one.tools]", "is opened]", TOGETHER),
+    Mutant("datamodules/chat_template.py", "if number not in found:", "if False:", TOGETHER),
+    Mutant(CHAT, "if not (text.startswith(done) and (", "if not ((", "tests/test_chat.py -k rewrites"),
     Mutant("datamodules/chat.py", "        backend.no_truncation()\n", "", "tests/test_chat.py -k without_offsets"),
     Mutant("datamodules/position.py", " // multiple * multiple", "", "tests/test_sharding.py -k another_number"),
     Mutant(

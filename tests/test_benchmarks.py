@@ -13,7 +13,7 @@ from benchmarks.shapes import SHAPES, SPECIAL_TOKENS, Segment, save_model
 from benchmarks.table import comparison, growth
 from benchmarks.workloads import SUPERVISED_SHARE, Size, make
 from datamodules.chat import encode_conversation, load_tokenizer
-from datamodules.encoding import encode_conversation_row, encode_preference_row, encode_prompt_row
+from datamodules.encoding import encode_conversation_rows, encode_preference_rows, encode_prompt_rows
 from datamodules.formats import Read, read_messages, read_pair
 
 SHAPE = SHAPES["tiny"]
@@ -30,27 +30,25 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_sft_step_has_the_tokens_it_counts(model_dir: Path) -> None:
     work = make("sft", SHAPE, SIZE)
     options = {"read": read_messages, "tokenizer": load_tokenizer(str(model_dir)), "max_length": 10_000}
-    rows = [encode_conversation_row(row, 0, **options) for row in work.rows]
-    assert sum(len(row["input_ids"]) for row in rows) == work.units
-    supervised = sum(sum(row["completion_mask"]) for row in rows)
+    rows = encode_conversation_rows(work.rows, range(len(work.rows)), **options)
+    assert sum(map(len, rows["input_ids"])) == work.units
+    supervised = sum(map(sum, rows["completion_mask"]))
     assert supervised / work.units == pytest.approx(SUPERVISED_SHARE, abs=0.01)
 
 
 def test_a_dpo_step_counts_a_prompt_for_both_answers(model_dir: Path) -> None:
     work = make("dpo", SHAPE, SIZE)
     options = {"read": read_pair, "tokenizer": load_tokenizer(str(model_dir)), "max_length": 10_000}
-    rows = [encode_preference_row(row, 0, **options) for row in work.rows]
-    tokens = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows]
-    assert sum(tokens) == work.units
+    rows = encode_preference_rows(work.rows, range(len(work.rows)), **options)
+    tokens = {name: sum(map(len, rows[name])) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert 2 * tokens["prompt_ids"] + tokens["chosen_ids"] + tokens["rejected_ids"] == work.units
 
 
 def test_prompts_have_the_tokens_that_the_operations_are_counted_for(model_dir: Path) -> None:
     tokenizer = load_tokenizer(str(model_dir))
-    rows = [
-        encode_prompt_row(row, 0, read=Read(read_messages, prompt=True), tokenizer=tokenizer, max_length=10_000)
-        for row in make("rloo", SHAPE, SIZE).rows
-    ]
-    lengths = [len(row["prompt_ids"]) for row in rows]
+    options = {"read": Read(read_messages, prompt=True), "tokenizer": tokenizer, "max_length": 10_000}
+    rows = make("rloo", SHAPE, SIZE).rows
+    lengths = list(map(len, encode_prompt_rows(rows, range(len(rows)), **options)["prompt_ids"]))
     whole = [Segment(0, n + SIZE.length, 0) for n in lengths for _ in range(SIZE.samples)]
     repeated = [Segment(0, n, 0) for n in lengths for _ in range(SIZE.samples - 1)]
     heads = [Segment(0, 0, SIZE.length)] * len(whole)

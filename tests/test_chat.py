@@ -202,8 +202,8 @@ def test_a_completion_also_ends_with_the_end_of_text(tokenizer: PreTrainedTokeni
 def test_tokens_without_offsets_are_those_that_the_tokenizer_itself_gives(text: str) -> None:
     tokenizer = tiny_tokenizer()
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert token_ids(tokenizer, text) == expected
+    assert token_ids(tokenizer, [text, "a b c"])[0] == expected
     tokenizer(["a", "a b c"], truncation=True, max_length=1, padding=True)  # which the backend remembers
-    assert token_ids(tokenizer, text) == expected
+    assert token_ids(tokenizer, [text, "a b c"])[0] == expected
     tokenizer.split_special_tokens = True
-    assert token_ids(tokenizer, text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert token_ids(tokenizer, [text])[0] == tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,10 +10,12 @@ import torch
 from datasets import Features, load_dataset
 
 from core.errors import ConfigurationError
-from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, encoding
+from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, chat_template, encoding
+from datamodules.base import ENCODERS
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE
+from datamodules.formats import Task
 from datamodules.messages import Message
 from datamodules.prompts import load_prompts
 
@@ -106,6 +108,60 @@ def test_a_row_that_the_template_refuses_is_a_counted_reason(tmp_path: Path, tin
     ]
     module = talk(tmp_path, tiny_model_dir, rows, chat_template=str(tmp_path / "strict.jinja"))
     assert module.dropped["train"] == {"refused by the chat template (no system role)": 1}
+
+
+RULES = (
+    "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system role') }}{%- endif -%}"
+    "{%- if 'loop' in messages[0]['content'] -%}"
+    "{%- for a in range(99999) -%}{%- for b in range(99999) -%}{%- endfor -%}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- if 'count' in messages[0]['content'] -%}{{ messages | length }}{%- endif -%}"
+    "{%- if tools -%}{{ tools | tojson }}{%- endif -%}"
+)
+"""A template that refuses some rows, takes for ever over others, rewrites earlier text of others, and lists tools."""
+
+
+@pytest.mark.parametrize("task", ["conversations", "preferences", "prompts"])
+def test_rows_encoded_together_are_as_each_alone(
+    task: Task, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is beside them: rows that are refused, that time out, that are shortened, and that have tools."""
+    monkeypatch.setattr(encoding, "ROWS_TOGETHER", 4)
+    monkeypatch.setattr(chat_template, "RENDER_S", 0.1)
+    (tmp_path / "rules.jinja").write_text(RULES + CHATML_TEMPLATE)
+    tokenizer = load_tokenizer(str(tiny_model_dir), chat_template=str(tmp_path / "rules.jinja"))
+    tool = {"type": "function", "function": {"name": "f", "description": "A tool.", "parameters": {}}}
+    talks = [
+        [user("hi"), assistant("yo")],
+        [{"role": "system", "content": "be"}, user("hi"), assistant("yo")],
+        [user("long " * 9), assistant("yes"), user("and?"), assistant("no"), user("so?"), assistant("well")],
+        [user("loop"), assistant("yo")],
+        [assistant("first")],
+        [user("bye"), assistant("so long"), user("really?"), assistant("yes")],
+        [user("x" * 150), assistant("too long")],
+    ]
+    rows = [
+        {"messages": talk, "chosen": talk, "rejected": [*talk[:-1], assistant("other")], "tools": tools}
+        for talk in talks
+        for tools in ([tool], None)
+    ]
+    options = {"read": UltraFeedbackDataModule.readers[task], "tokenizer": tokenizer, "max_length": 180}
+    together = ENCODERS[task](rows, range(len(rows)), **options)
+    alone = [ENCODERS[task]([row], [0], **options) for row in rows]
+    assert together == {name: [one[name][0] for one in alone] for name in together}
+    assert len(set(together["dropped"])) == 5, "used, refused twice over, no conversation, too long"
+    assert together["dropped"].count("") == 7
+
+
+def test_an_unusable_template_names_its_row(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "ROWS_TOGETHER", 2)
+    (tmp_path / "rules.jinja").write_text(RULES + CHATML_TEMPLATE)
+    rows = [{"messages": [user("hi"), assistant("yo"), user("and?"), assistant("no")]} for _ in range(7)]
+    rows[5] = {"messages": [user("count"), *rows[5]["messages"][1:]]}
+    with pytest.raises(ConfigurationError, match="row 5: the chat template rewrites earlier text at turn 1"):
+        talk(tmp_path, tiny_model_dir, rows, chat_template=str(tmp_path / "rules.jinja"))
 
 
 def test_a_pair_without_two_answers_that_differ_is_dropped(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -376,17 +432,16 @@ def test_a_row_at_the_exact_limit_is_kept_and_one_token_more_is_not(
     assert prompt.messages == [user("" if over else "q")]
 
 
-def noted(row: dict[str, Any], index: int, *, notes: str, code: str) -> dict[str, Any]:
+@encoding.giving(Features({"doubled": encoding.IDS}))
+def noted(rows: list[dict[str, Any]], indices: list[int], *, notes: str) -> dict[str, list[Any]]:
     """An encoder that says which rows it was given, and that is stopped once."""
-    if row["n"] == 6 and not Path(notes, "stopped").exists():
+    numbers = [row["n"] for row in rows]
+    if 6 in numbers and not Path(notes, "stopped").exists():
         Path(notes, "stopped").touch()
         raise KeyboardInterrupt
     with Path(notes, "rows").open("a") as file:
-        file.write(f"{row['n']} ")
-    return {"doubled": [] if row["n"] < 4 else [2 * row["n"]]}
-
-
-noted.features = Features({"doubled": encoding.IDS})  # type: ignore[attr-defined]
+        file.write("".join(f"{number} " for number in numbers))
+    return {"doubled": [[] if number < 4 else [2 * number] for number in numbers]}
 
 
 def test_a_tokenisation_that_was_stopped_goes_on_with_the_part_it_was_at(
@@ -405,7 +460,7 @@ def test_a_tokenisation_that_was_stopped_goes_on_with_the_part_it_was_at(
     expected = [[] if n < 4 else [2 * n] for n in range(10)]
     assert encoded() == expected, "also where the first part has nothing that tells its type"
     assert encoded() == expected
-    assert (tmp_path / "rows").read_text() == "0 1 2 3 4 5 4 5 6 7 8 9 ", "no part that was whole is encoded again"
+    assert (tmp_path / "rows").read_text() == "0 1 2 3 4 5 6 7 8 9 ", "no part that was whole is encoded again"
 
 
 def test_what_was_trained_on_has_a_digest_of_its_content(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -17,6 +17,7 @@ from datamodules.base import ENCODERS
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, stop_token_ids, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE
+from datamodules.encoding import rows_of
 from lightning_modules import DPOModule
 from lightning_modules.dpo import pair_log_probs
 from lightning_modules.forward.completions import completion_losses, completion_tokens
@@ -153,10 +154,10 @@ def use(directory: Path, *, rows: Any, task: Any, template: str, max_length: int
     tokenizer = tokenizer_with(directory, template)
     options = {"read": UltraFeedbackDataModule.readers[task], "tokenizer": tokenizer, "max_length": max_length}
     try:
-        encoded = [ENCODERS[task](row, index, **options) for index, row in enumerate(rows)]
+        encoded = rows_of(ENCODERS[task](rows, range(len(rows)), **options))
         kept = [row for row in encoded if not row["dropped"]]
         for row in encoded:
-            assert set(row) == set(ENCODERS[task].features)  # type: ignore[attr-defined]
+            assert set(row) == set(ENCODERS[task].features)
             ids = [token for name, column in row.items() if name.endswith("_ids") for token in column]
             assert bool(ids) == (not row["dropped"])
             assert len(row.get("input_ids", ())) <= max_length
