@@ -1,9 +1,9 @@
 """How long it takes to tokenise a split, beside ``datasets`` alone: ``python -m benchmarks.tokenising``.
 
 The yardsticks are ``Dataset.map`` over the same rows with the same tokenizer and chat template, on as many processes:
-once with transformers' own mask of what an assistant says, for which the template has marks, and once with nothing but
-rendering and tokenising each conversation, without a mask or a check. The rows of ``--rows`` (a file of conversations)
-are repeated, each marked, up to ``--count``. The caches are of the run alone.
+with transformers' own mask of what an assistant says, for which the template has marks, row by row and in batches; and
+with nothing but rendering and tokenising each conversation, without a mask or a check. The rows of ``--rows`` (a file
+of conversations) are repeated, each marked, up to ``--count``. The caches are of the run alone.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import datasets
@@ -33,9 +34,9 @@ TEMPLATE = """{%- for message in messages -%}
 """ChatML with the marks by which transformers finds what an assistant says."""
 
 
-def masked(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Token ids of a conversation, and transformers' mask."""
-    found = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+def masked(rows: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Token ids of a conversation, or of those of a batch, and transformers' mask."""
+    found = tokenizer.apply_chat_template(rows["messages"], return_dict=True, return_assistant_tokens_mask=True)
     return {"input_ids": found["input_ids"], "completion_mask": found["assistant_masks"]}
 
 
@@ -43,6 +44,13 @@ def plain(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Token ids of a conversation, and nothing else."""
     text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
     return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+
+
+YARDSTICKS: dict[str, dict[str, Any]] = {
+    "mask": {"function": masked},
+    "mask in batches": {"function": masked, "batched": True},
+    "ids alone": {"function": plain},
+}
 
 
 def write_rows(source: str, count: int, file: Path) -> None:
@@ -56,31 +64,45 @@ def write_rows(source: str, count: int, file: Path) -> None:
 
 
 def main() -> None:
-    """Measure both in turns and print a table."""
+    """Measure all in turns and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", required=True, help="a parquet file with messages")
     parser.add_argument("--tokenizer", required=True, help="a model's directory")
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    print("| round | suite, s | transformers' mask, s | ids alone, s | suite over mask | over ids |\n|" + "---|" * 6)
+    heads = [
+        "round",
+        "suite, s",
+        *(f"{name}, s" for name in YARDSTICKS),
+        *(f"suite over {name}" for name in YARDSTICKS),
+    ]
+    print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
+    ratios: list[list[float]] = []
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as directory:
             datasets.config.HF_DATASETS_CACHE = Path(directory) / "cache"
             file, template = Path(directory) / "rows.jsonl", Path(directory) / "marked.jinja"
             write_rows(options.rows, options.count, file)
             template.write_text(TEMPLATE)
-            tokenizer = load_tokenizer(options.tokenizer, chat_template=str(template))
             limits: dict[str, Any] = {"max_length": 1_024, "chat_template": str(template)}
             data = CustomDataModule(str(file), "conversations", model_name=options.tokenizer, **limits)
-            data.tokenizer = tokenizer
+            data.tokenizer = load_tokenizer(options.tokenizer, chat_template=str(template))
             rows = data.load("train")
-            ours = seconds(lambda data=data: data.encode("train"))
             how: dict[str, Any] = {"num_proc": cores(), "remove_columns": rows.column_names}
-            how["fn_kwargs"] = {"tokenizer": tokenizer}
-            theirs = [seconds(lambda one=one, rows=rows, how=how: rows.map(one, **how)) for one in (masked, plain)]
-            ratios = " | ".join(f"{ours / other:.2f}" for other in theirs)
-            print(f"| {number + 1} | {ours:.1f} | {theirs[0]:.1f} | {theirs[1]:.1f} | {ratios} |", flush=True)
+            how["fn_kwargs"] = {"tokenizer": data.tokenizer}
+            ours = seconds(lambda data=data: data.encode("train"))
+            theirs = [
+                seconds(lambda one=one, rows=rows, how=how: rows.map(**one, **how)) for one in YARDSTICKS.values()
+            ]
+            ratios.append([ours / other for other in theirs])
+            print(row(f"{number + 1} | {ours:.1f}", [f"{other:.1f}" for other in theirs], ratios[-1]), flush=True)
+    print(row("median | ", [""] * len(YARDSTICKS), [median(each) for each in zip(*ratios, strict=True)]))
+
+
+def row(first: str, figures: list[str], ratios: list[float]) -> str:
+    """Of the table."""
+    return f"| {' | '.join([first, *figures, *(f'{ratio:.2f}' for ratio in ratios)])} |"
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -14,7 +14,8 @@ from trl.trainer import dpo_trainer, rloo_trainer, sft_trainer  # noqa: F401  # 
 from typing_extensions import override
 
 from benchmarks.job import Job
-from datamodules.encoding import encode_conversation_rows, rows_of
+from datamodules.encoders import encode_conversation_rows
+from datamodules.encoding import rows_of
 from datamodules.formats import read_messages
 
 Tick = Callable[[], None]

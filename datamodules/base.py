@@ -14,15 +14,8 @@ from core.errors import ConfigurationError
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, tail_ids
 from datamodules.chat_template import read_template
-from datamodules.encoding import (
-    Encoder,
-    encode_conversation_rows,
-    encode_preference_rows,
-    encode_prompt_rows,
-    encode_rows,
-    row_lengths,
-    rows_digest,
-)
+from datamodules.encoders import ENCODERS
+from datamodules.encoding import Encoder, encode_rows, row_lengths, rows_digest
 from datamodules.formats import Reader, Task
 from datamodules.length_groups import LengthGroupedSampler
 from datamodules.position import BEGINNING, ResumableSampler
@@ -30,12 +23,6 @@ from datamodules.shards import ShardSampler
 from datamodules.source import load_rows
 from datamodules.splits import decontaminated, kept
 from datamodules.token_budget import TokenBudgetSampler, best_fit
-
-ENCODERS: Mapping[Task, Encoder] = {
-    "conversations": encode_conversation_rows,
-    "preferences": encode_preference_rows,
-    "prompts": encode_prompt_rows,
-}
 
 
 class ChatDataModule(LightningDataModule):

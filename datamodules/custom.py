@@ -8,8 +8,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from core.errors import ConfigurationError
-from datamodules.base import ENCODERS, ChatDataModule
-from datamodules.encoding import Encoder, encode_text_rows
+from datamodules.base import ChatDataModule
+from datamodules.encoders import ENCODERS, encode_text_rows
+from datamodules.encoding import Encoder
 from datamodules.formats import FORMATS, Read, Reader, Task, find_format
 from datamodules.source import load_rows, share, split_names
 

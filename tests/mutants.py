@@ -662,7 +662,7 @@ OWN = [
     ),
     Mutant(FORMATS, 'prompt = re.sub(r"\\S*$", "", common).rstrip()', "prompt = common", CUSTOM),
     Mutant("datamodules/splits.py", "np.flatnonzero(~shared)", "np.flatnonzero(shared)", CUSTOM),
-    Mutant(ENCODING, "[False] + [True] * (len(piece) - 1)", "[True] * len(piece)", CUSTOM),
+    Mutant("datamodules/encoders.py", "[False] + [True] * (len(piece) - 1)", "[True] * len(piece)", CUSTOM),
     Mutant("datamodules/custom.py", "held_out=held_out, seed=self.split_seed", "held_out=held_out", CUSTOM),
     Mutant("datamodules/chat_template.py", "(calls and not known.calls) or", "", CUSTOM),
     Mutant(MIXTURE, "_order(size, seed, epoch, part, turn)", "_order(size, seed, part, turn)", "tests/test_mixture.py"),

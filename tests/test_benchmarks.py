@@ -13,7 +13,7 @@ from benchmarks.shapes import SHAPES, SPECIAL_TOKENS, Segment, save_model
 from benchmarks.table import comparison, growth
 from benchmarks.workloads import SUPERVISED_SHARE, Size, make
 from datamodules.chat import encode_conversation, load_tokenizer
-from datamodules.encoding import encode_conversation_rows, encode_preference_rows, encode_prompt_rows
+from datamodules.encoders import encode_conversation_rows, encode_preference_rows, encode_prompt_rows
 from datamodules.formats import Read, read_messages, read_pair
 
 SHAPE = SHAPES["tiny"]

@@ -7,6 +7,7 @@ import pytest
 from datasets import load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.tokenising import TEMPLATE as MARKED_TEMPLATE
 from core.errors import ConfigurationError
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids, tail_ids, token_ids
 from datamodules.chat_template import CHATML_TEMPLATE, turn_end
@@ -188,6 +189,18 @@ def test_real_tokens_are_those_of_tokenising_the_whole_text_at_once(
             text = qwen.apply_chat_template(row["chosen"], tokenize=False)
             at_once = qwen(text, add_special_tokens=False)["input_ids"]
             assert [*encode_conversation(qwen, row["chosen"]).input_ids, *tail_ids(qwen)] == at_once
+
+
+def test_real_masks_are_those_of_transformers_where_a_template_has_its_marks(real_data: Path, tmp_path: Path) -> None:
+    """Both know nothing of each other: one goes by what is rendered before and behind an answer, one by the marks."""
+    (tmp_path / "marked.jinja").write_text(MARKED_TEMPLATE)
+    marked = load_tokenizer(str(real_data / "qwen2.5-tokenizer"), chat_template=str(tmp_path / "marked.jinja"))
+    rows = load_dataset("parquet", data_files=str(real_data / "smol-smoltalk" / "test.parquet"), split="train")
+    for row in rows:
+        theirs = marked.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        ours = encode_conversation(marked, row["messages"])
+        assert [*ours.input_ids, *tail_ids(marked)] == theirs["input_ids"]
+        assert [*map(int, ours.completion_mask), *[0] * len(tail_ids(marked))] == theirs["assistant_masks"]
 
 
 def test_a_completion_also_ends_with_the_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import ConfigurationError
 from datamodules import CustomDataModule, UltraFeedbackDataModule
 from datamodules.chat import load_tokenizer
-from datamodules.encoding import prompt_key
+from datamodules.encoders import prompt_key
 from datamodules.formats import FORMATS, common_beginning, find_format, read_pair, read_transcript
 from datamodules.messages import UnusableRowError
 from datamodules.prompts import load_prompts

@@ -1,6 +1,7 @@
 """Rows to batches: what is dropped and counted, what is cut, what is refused; on small files and on the real rows."""
 
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from datasets import Features, load_dataset
 
 from core.errors import ConfigurationError
 from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, chat_template, encoding
-from datamodules.base import ENCODERS
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE
+from datamodules.encoders import ENCODERS, IDS
 from datamodules.formats import Task
 from datamodules.messages import Message
 from datamodules.prompts import load_prompts
@@ -216,6 +217,17 @@ def test_the_encoding_code_is_a_part_of_the_cache_s_key(
     before = key()
     monkeypatch.setattr(encoding, "code_digest", lambda: "other code")
     assert key() != before
+
+
+def test_the_encoding_code_is_every_module_that_rows_go_through() -> None:
+    """One that were left out could change what is trained on, and old rows would be read for new ones."""
+    reached, ahead = set[str](), ["encoders"]
+    while ahead:
+        name = ahead.pop()
+        reached.add(name)
+        imports = re.findall(r"^from datamodules\.(\w+) import", Path("datamodules", f"{name}.py").read_text(), re.M)
+        ahead += set(imports) - reached
+    assert reached == set(encoding.CODE)
 
 
 def test_a_long_conversation_loses_its_earliest_exchange(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -432,7 +444,7 @@ def test_a_row_at_the_exact_limit_is_kept_and_one_token_more_is_not(
     assert prompt.messages == [user("" if over else "q")]
 
 
-@encoding.giving(Features({"doubled": encoding.IDS}))
+@encoding.giving(Features({"doubled": IDS}))
 def noted(rows: list[dict[str, Any]], indices: list[int], *, notes: str) -> dict[str, list[Any]]:
     """An encoder that says which rows it was given, and that is stopped once."""
     numbers = [row["n"] for row in rows]

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
 from datamodules import UltraFeedbackDataModule
-from datamodules.base import ENCODERS
 from datamodules.batches import collate_conversations, collate_preferences, collate_prompts
 from datamodules.chat import load_tokenizer, stop_token_ids, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE
+from datamodules.encoders import ENCODERS
 from datamodules.encoding import rows_of
 from lightning_modules import DPOModule
 from lightning_modules.dpo import pair_log_probs
