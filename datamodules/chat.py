@@ -1,7 +1,8 @@
 """From a conversation to token ids and the mask of what is learned, with any prefix-stable chat template."""
 
-from collections.abc import Sequence
-from itertools import islice
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,14 +121,15 @@ def encode_conversations(
 ) -> list[Encoded | ConfigurationError]:
     """Each conversation as :func:`encode_conversation` gives it, or the error that it raises; together it is faster."""
     stages = [_stages(tokenizer, conversation) for conversation in conversations]
-    texts = iter(render_all(tokenizer, [stage for one in stages for stage in one]))
+    texts = render_all(tokenizer, chain.from_iterable(stages))
     found: list[Encoded | ConfigurationError] = []
     for conversation, one in zip(conversations, stages, strict=True):
-        written = list(islice(texts, len(one)))
+        written = islice(texts, len(one))
         try:
             found.append(encode_pieces(tokenizer, _pieces(tokenizer, conversation, written)))
         except ConfigurationError as error:
             found.append(error)
+        deque(written, maxlen=0)  # what is left of it
     return found
 
 
@@ -146,7 +148,7 @@ def _stages(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> l
 
 
 def _pieces(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, texts: Sequence[str | TemplateRefusalError]
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, texts: Iterable[str | TemplateRefusalError]
 ) -> list[Piece]:
     """What each stage of a conversation adds to the one before, of which it must be a continuation."""
     end = turn_end(tokenizer)
@@ -157,8 +159,11 @@ def _pieces(
             raise text
         learned = number % 2 == 1
         if not (text.startswith(done) and (not learned or text.endswith(end.closing + end.tail))):
-            if conversation.add_generation_prompt and isinstance(texts[-1], str):
-                return [Piece(texts[-1], learned=False)]
+            if conversation.add_generation_prompt:
+                whole = deque(chain([text], texts), maxlen=1).pop()
+                if isinstance(whole, TemplateRefusalError):
+                    raise whole
+                return [Piece(whole, learned=False)]
             answers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
             raise UnstableTemplateError(tokenizer, answers[number // 2])
         text = text.removesuffix(end.tail) if learned else text

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ PROBE_BYTES = 1 << 30
 """Memory that a template may take for a conversation of two short turns."""
 LARGEST_RENDERED = 50_000_000
 """Characters of a conversation."""
+RENDERED_TOGETHER = 250_000
+"""Characters of the conversations that a template is given in one call; about a hundred usual rows."""
 
 
 class UnstableTemplateError(ConfigurationError):
@@ -112,25 +114,40 @@ def render(
 
 
 def render_all(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
-) -> list[str | TemplateRefusalError]:
-    """Each conversation as :func:`render` gives it, or the error that it raises.
+    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Conversation]
+) -> Iterator[str | TemplateRefusalError]:
+    """Each conversation as :func:`render` gives it, or the error that it raises, one after the other.
 
     Those without tools are asked for together, which takes half the time of as many calls.
     """
-    found: dict[int, str | TemplateRefusalError] = {}
-    for opened in (True, False):
-        alike = [n for n, one in enumerate(conversations) if one.add_generation_prompt is opened and not one.tools]
-        turns = [conversations[number].messages for number in alike]
-        with contextlib.suppress(Exception):  # each is then asked for alone, and says what is wrong with it
-            found |= zip(alike, _written(tokenizer, turns, opened) if len(turns) > 1 else [], strict=False)
-    for number, (messages, opened, tools) in enumerate(conversations):
-        if number not in found:
-            try:
-                found[number] = render(tokenizer, messages, add_generation_prompt=opened, tools=tools)
-            except TemplateRefusalError as refusal:
-                found[number] = refusal
-    return [found[number] for number in range(len(conversations))]
+    for group in _groups(conversations):
+        found: dict[int, str | TemplateRefusalError] = {}
+        for opened in (True, False):
+            alike = [n for n, one in enumerate(group) if one.add_generation_prompt is opened and not one.tools]
+            turns = [group[number].messages for number in alike]
+            with contextlib.suppress(Exception):  # each is then asked for alone, and says what is wrong with it
+                found |= zip(alike, _written(tokenizer, turns, opened) if len(turns) > 1 else [], strict=False)
+        for number, (messages, opened, tools) in enumerate(group):
+            if number not in found:
+                try:
+                    found[number] = render(tokenizer, messages, add_generation_prompt=opened, tools=tools)
+                except TemplateRefusalError as refusal:
+                    found[number] = refusal
+            yield found.pop(number)
+
+
+def _groups(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """As many as make a call worth while, and no more text in memory."""
+    group: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        group.append(conversation)
+        size += sum(len(message["content"]) for message in conversation.messages)
+        if size >= RENDERED_TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _written(

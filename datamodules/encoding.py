@@ -1,4 +1,4 @@
-"""Rows encoded: on all cores, part by part, each part kept on disk; and what the rows of a group need, together."""
+"""Rows encoded: on all cores, part by part, each part kept on disk; and what the rows of a batch need, together."""
 
 import hashlib
 import os
@@ -34,8 +34,8 @@ ROWS_PER_PROCESS = 2_000
 """The fewest for which starting a process pays."""
 ROWS_PER_PART = 50_000
 """What is encoded and kept at a time, so a stop costs no more."""
-ROWS_TOGETHER = 100
-"""What is rendered at a time: enough that a call costs nothing, and few enough for long rows' texts in memory."""
+ROWS_PER_BATCH = 100
+"""What a process has in memory: enough for what is done together, however long rows are."""
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ def row_encoder(**columns: Any) -> Callable[[Callable[..., Steps]], Encoder]:
     """Make an encoder of many rows out of one of a single row, and give it two columns more.
 
     The single row's is a generator: it yields the conversations that it needs encoded, is sent them so, and returns
-    its columns. What the rows of a group need is encoded together, which takes far less time than one by one.
+    its columns. What all rows need is encoded together, which takes far less time than one by one.
 
     The column ``dropped`` has why a row cannot be used (an unusable option stays an error), and ``prompt_key`` what
     rows of the same prompt share.
@@ -80,12 +80,11 @@ def row_encoder(**columns: Any) -> Callable[[Callable[..., Steps]], Encoder]:
             rows: Sequence[Row], indices: Sequence[int], *, tokenizer: PreTrainedTokenizerBase, **options: Any
         ) -> dict[str, list[Any]]:
             found: list[Columns] = []
-            for first in range(0, len(rows), ROWS_TOGETHER):
-                group = [encode(row, tokenizer=tokenizer, **options) for row in rows[first : first + ROWS_TOGETHER]]
-                for index, result in zip(indices[first:], _run(group, tokenizer), strict=False):
-                    if isinstance(result, ConfigurationError):
-                        raise ConfigurationError(f"row {index}: {result}") from result
-                    found.append({**empty, **result})
+            steps = [encode(row, tokenizer=tokenizer, **options) for row in rows]
+            for index, result in zip(indices, _run(steps, tokenizer), strict=True):
+                if isinstance(result, ConfigurationError):
+                    raise ConfigurationError(f"row {index}: {result}") from result
+                found.append({**empty, **result})
             return {name: [result[name] for result in found] for name in empty}
 
         return encoded
@@ -134,6 +133,7 @@ def encode_rows(rows: Dataset, encode: Encoder, *, title: str, **options: Any) -
             _encoded,
             with_indices=True,
             batched=True,
+            batch_size=ROWS_PER_BATCH,
             fn_kwargs={"encode": encode, "options": options, "code": code_digest()},
             features=encode.features,
             remove_columns=rows.column_names,

@@ -14,9 +14,9 @@ from core.errors import ConfigurationError
 from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, chat_template, encoding
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
-from datamodules.chat_template import CHATML_TEMPLATE
+from datamodules.chat_template import CHATML_TEMPLATE, turn_end
 from datamodules.encoders import ENCODERS, IDS
-from datamodules.formats import Task
+from datamodules.formats import Task, read_messages
 from datamodules.messages import Message
 from datamodules.prompts import load_prompts
 
@@ -127,7 +127,7 @@ def test_rows_encoded_together_are_as_each_alone(
     task: Task, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is beside them: rows that are refused, that time out, that are shortened, and that have tools."""
-    monkeypatch.setattr(encoding, "ROWS_TOGETHER", 4)
+    monkeypatch.setattr(chat_template, "RENDERED_TOGETHER", 100)
     monkeypatch.setattr(chat_template, "RENDER_S", 0.1)
     (tmp_path / "rules.jinja").write_text(RULES + CHATML_TEMPLATE)
     tokenizer = load_tokenizer(str(tiny_model_dir), chat_template=str(tmp_path / "rules.jinja"))
@@ -154,10 +154,32 @@ def test_rows_encoded_together_are_as_each_alone(
     assert together["dropped"].count("") == 7
 
 
+def test_a_call_of_a_template_is_given_so_much_text_and_no_more(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many turns a conversation has, each of which has what went before it rendered again."""
+    monkeypatch.setattr(chat_template, "RENDERED_TOGETHER", 1_000)
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    turn_end(tokenizer)  # whose probe is a call of its own
+    apply, given = tokenizer.apply_chat_template, list[list[int]]()
+
+    def counted(conversations: list[list[Message]], **options: Any) -> Any:
+        given.append([sum(len(turn["content"]) for turn in turns) for turns in conversations])
+        return apply(conversations, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+    rows = [{"messages": [user("q" * 50), assistant("a" * 50)] * turns} for turns in (9, 1, 1, 1, 30, 1, 1, 1, 1)]
+    options = {"read": read_messages, "tokenizer": tokenizer, "max_length": 10_000}
+    encoded = ENCODERS["conversations"](rows, range(len(rows)), **options)
+    assert encoded["dropped"] == [""] * len(rows)
+    assert all(sum(each) < 1_000 + max(each) for each in given)
+    assert max(map(len, given)) > 3, "and several at a time where they are short"
+
+
 def test_an_unusable_template_names_its_row(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "ROWS_TOGETHER", 2)
+    monkeypatch.setattr(encoding, "ROWS_PER_BATCH", 2)
     (tmp_path / "rules.jinja").write_text(RULES + CHATML_TEMPLATE)
     rows = [{"messages": [user("hi"), assistant("yo"), user("and?"), assistant("no")]} for _ in range(7)]
     rows[5] = {"messages": [user("count"), *rows[5]["messages"][1:]]}
