@@ -116,7 +116,7 @@ def model_card(
     }
     stages, base = history["stages"], history["base_model"]
     named = [name for stage in stages for name in stage["dataset"].split(" + ")]
-    hub_datasets = [name for name in named if "/" in name]
+    hub_datasets = [name.partition(":")[0] for name in named if "/" in name]
     front_matter = {
         **({"base_model": base} if base else {}),
         **({"datasets": list(dict.fromkeys(hub_datasets))} if hub_datasets else {}),

@@ -121,12 +121,16 @@ def flaws_of_option(argument: str, name: str, *, foreign: bool, also: Iterable[s
             yield unknown(argument, [f"{section}.{known}" for known in options_of(section)])
     elif section not in OWN and name.partition(".")[0] not in OWN:
         plain = name.replace("-", "_").lower()
-        places = [f"{section}.{plain}" for section in SOURCES if plain in options_of(section)]
-        if there := ELSEWHERE.get(plain) or next(iter(places), None):
+        if there := ELSEWHERE.get(plain) or place(plain):
             yield f"there is no option {argument.partition('=')[0]!r}; did you mean --{there}?"
         else:
             every = [f"{section}.{known}" for section in SOURCES for known in options_of(section)]
             yield unknown(argument, [*OWN, *also, *SOURCES, *every])
+
+
+def place(option: str) -> str:
+    """The section that has an option, and its name; empty where none has it."""
+    return next((f"{section}.{option}" for section in SOURCES if option in options_of(section)), "")
 
 
 def names_others(arguments: Iterable[str]) -> bool:

@@ -1,5 +1,6 @@
 """What the parsers of the commands share: what a config may name, keys refused, and errors of a few lines."""
 
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -8,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from commands.explaining import did_you_mean, explain
+from commands.first_look import SOURCES, place
 from core.errors import ConfigurationError
 from core.imports import allowed_packages
 from core.plain import DEEPEST, loaded_file, loaded_yaml
@@ -25,6 +27,9 @@ class Parser(ArgumentParser):
         if self._subcommands_action is not None:
             parsers += self._subcommands_action._name_parser_map.values()
         options = {action.dest for known in parsers for action in known._actions}
+        if found := re.search(r"arguments are required: ([\w, ]+)$", message):  # of a class, which knows no section
+            names = [name if name in SOURCES else place(name) or name for name in found[1].split(", ")]
+            message = f"{message[: found.start(1)]}{', '.join(names)}"
         say_error(explain(message, options))
         raise SystemExit(2)
 
@@ -54,7 +59,7 @@ def check_arguments(arguments: list[str]) -> None:
     for name, value in named_values(arguments):
         refuse_secrets({name: loaded_yaml(value)})
         is_config = name in ("config", "c")
-        if is_config or (value.endswith((".yaml", ".yml", ".json")) and Path(value).is_file()):
+        if is_config or (may_be_config(name.rpartition(".")[2], value) and Path(value).is_file()):
             content = read_config(value)
             refuse_secrets(content, f"{value}: ")
             check_named(content, Path(value).parent)
@@ -68,15 +73,21 @@ def check_arguments(arguments: list[str]) -> None:
 
 def check_named(content: Any, folder: Path, depth: int = 0) -> None:
     """Check the configs that a config names in the place of a section, as the parser reads these too."""
-    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+    pairs = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in pairs:
         if isinstance(value, (dict, list)):
             check_named(value, folder, depth)
-        elif isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
+        elif may_be_config(name, value):
             for file in (folder / value, Path(value)):
                 if file.is_file() and depth < DEEPEST:
                     inner = loaded_file(file)
                     refuse_secrets(inner, f"{file}: ")
                     check_named(inner, file.parent, depth + 1)
+
+
+def may_be_config(name: Any, value: Any) -> bool:
+    """Whether an option's value can be the name of a file of options, and not of one of rows."""
+    return name != "dataset_name" and isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))
 
 
 def named_values(arguments: list[str]) -> list[tuple[str, str]]:

@@ -118,13 +118,15 @@ def with_results(card: str, result: EvaluationResult, *, name: str, dataset: str
     """The card with the evaluation's figures as metadata that the hub reads."""
     loaded = ModelCard(card, ignore_metadata_errors=True)
     low, high = result.win_rate_ci
+    identity, _, subset = dataset.partition(":")
     source = f"against {result.reference}, judged by {result.reward_source}"
     told = {"win_rate": f"win rate {source}, 95 % interval {low:.3f} to {high:.3f}, {result.prompts} prompts"}
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=dataset,
+            dataset_type=identity,
             dataset_name=dataset,
+            dataset_config=subset or None,
             metric_type=figure,
             metric_value=value,
             metric_name=told.get(figure, f"{figure.replace('_', ' ')} {source}"),

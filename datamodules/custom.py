@@ -23,7 +23,8 @@ class CustomDataModule(ChatDataModule):
     """Rows with ``messages``, ``prompt`` and ``completion``, ``chosen`` and ``rejected``, and others: docs/data.md.
 
     Args:
-        dataset_name: Hub id, or a directory or file of parquet, JSONL, JSON or CSV.
+        dataset_name: Hub id (``name:subset`` where it has several), or a directory or file of parquet, JSONL, JSON, CSV
+            or TSV, plain or compressed, or what ``save_to_disk`` made.
         task: What a batch holds; rows serve each task that they can: pairs also as conversations and as prompts.
         train_split: Its name; of a file, and of a dataset with one split, all rows are meant.
         validation_split: Its name; where not given, the first there is of validation, valid, val, dev, eval and test,
@@ -77,8 +78,12 @@ class CustomDataModule(ChatDataModule):
         if validation == HELD_OUT:
             usual = (name for name in USUAL_VALIDATIONS if name in present and name != training)
             validation = next(usual, training)
-            told = f"{self.validation_share:.0%} of its rows" if validation == training else f"its split {validation}"
-            self._say_once(f"{self.dataset_name}: {told} are held out for validation")
+            told = (
+                f"{self.validation_share:.0%} of its rows are"
+                if validation == training
+                else f"its split {validation} is"
+            )
+            self._say_once(f"{self.dataset_name}: {told} held out for validation")
         elif validation not in present:
             raise ConfigurationError(
                 f"{self.dataset_name} has {f'the splits {present}' if present else 'no splits'} and no {validation!r}; "
@@ -92,7 +97,10 @@ class CustomDataModule(ChatDataModule):
         rows = load_rows(self.dataset_name, source, columns=list(self.columns.values()), held_out=None)
         if len(set(self.sources.values())) == 1:
             if len(rows) < 2:
-                raise ConfigurationError(f"{self.dataset_name} has one row, and none to hold out; add rows")
+                raise ConfigurationError(
+                    f"{self.dataset_name} has one row, with the columns {rows.column_names}, and none to hold out; add "
+                    "rows (a file of JSON is a list of them)"
+                )
             held_out = split == self.validation_split
             rows = share(rows, self.validation_share, held_out=held_out, seed=self.split_seed)
         taken = [name for name in self.columns if name in rows.column_names and name not in self.columns.values()]

@@ -95,6 +95,8 @@ def flaw(messages: object) -> str:
     if not isinstance(messages, list) or not messages:
         return "malformed"
     for position, message in enumerate(messages):
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
+            return "content in parts that are not text"
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return "malformed"
         if message.get("role") not in ("user", "assistant", "tool", "system" if position == 0 else "user"):

@@ -248,3 +248,13 @@ def test_null_within_a_reward_is_found_and_where_it_means_something_it_is_taken(
     with pytest.raises(ConfigurationError, match=r"^model.reward.rewards must not be null"):
         refuse_nulls({"model": {"class_path": "lightning_modules.RLOOModule", "init_args": {"reward": reward}}})
     refuse_nulls({"model": {"class_path": "lightning_modules.DPOModule", "init_args": {"reference_model": None}}})
+
+
+def test_a_file_of_rows_is_no_config(tmp_path: Path) -> None:
+    """Whatever it is called, how large it is, and what its rows say."""
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"prompt": "q", "api_key": "nvapi-" + "x" * 40}] * 20_000))
+    (tmp_path / "config.yaml").write_text(f"data: {{init_args: {{dataset_name: {rows}}}}}")
+    for option in ("--data.dataset_name", "--data.init_args.dataset_name", "--evaluation.dataset_name"):
+        check_arguments([option, str(rows), f"{option}={rows}"])
+    check_arguments(["--config", str(tmp_path / "config.yaml")])

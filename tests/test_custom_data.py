@@ -1,7 +1,10 @@
 """One's own rows in every usual format: the same tokens and masks as the same rows as messages; splits; refusals."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
-from datamodules import CustomDataModule, UltraFeedbackDataModule
+from datamodules import CustomDataModule, UltraFeedbackDataModule, source
 from datamodules.chat import load_tokenizer
 from datamodules.encoders import prompt_key
 from datamodules.formats import FORMATS, common_beginning, find_format, read_pair, read_transcript
@@ -310,6 +313,103 @@ def test_a_share_is_held_out_by_the_seed_and_no_row_is_in_both(tiny_model_dir: P
     assert held_out | asked(validation_share=0.25) == {f"q{i}" for i in range(40)}
     assert held_out == asked(training=False, validation_share=0.25)
     assert held_out != asked(training=False, validation_share=0.25, split_seed=1)
+
+
+def compressed(opener: Callable[..., Any], name: str) -> Callable[[Path, list[Row]], Path]:
+    def written(directory: Path, rows: list[Row]) -> Path:
+        with opener(directory / name, "wt", encoding="utf-8") as file:
+            file.write(Path(write(directory / name.rpartition(".")[0], rows)).read_text("utf-8"))
+        (directory / name.rpartition(".")[0]).unlink()
+        return directory / name
+
+    return written
+
+
+def tabulated(directory: Path, rows: list[Row]) -> Path:
+    lines = ["prompt\tcompletion", *(f"{row['prompt']}\t{row['completion']}" for row in rows)]
+    (directory / "rows.tsv").write_text("\n".join(lines) + "\n")
+    return directory / "rows.tsv"
+
+
+def saved(directory: Path, rows: list[Row]) -> Path:
+    Dataset.from_list(rows).save_to_disk(directory / "saved", num_shards=2)
+    return directory / "saved"
+
+
+LAYOUTS: dict[str, Callable[[Path, list[Row]], Path]] = {
+    "JSON": lambda directory, rows: Path(write(directory / "rows.json", rows)),
+    "gzip": compressed(gzip.open, "rows.jsonl.gz"),
+    "bzip2": compressed(bz2.open, "rows.csv.bz2"),
+    "xz": compressed(lzma.open, "rows.json.xz"),
+    "TSV": tabulated,
+    "save_to_disk": saved,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_rows_are_read_however_they_are_kept(layout: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    expected = encoded(write(tmp_path / "plain.jsonl", rows_of(20)), "conversations", str(tiny_model_dir))
+    found = encoded(str(LAYOUTS[layout](tmp_path, rows_of(20))), "conversations", str(tiny_model_dir))
+    assert found[:] == expected[:]
+
+
+@pytest.mark.parametrize("kept", ["saved", "compressed"])
+def test_splits_are_found_however_they_are_kept(kept: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    rows, model = {"train": rows_of(5), "test": rows_of(3, first=5)}, str(tiny_model_dir)
+    if kept == "saved":
+        DatasetDict({name: Dataset.from_list(each) for name, each in rows.items()}).save_to_disk(tmp_path / "rows")
+    else:
+        (tmp_path / "rows").mkdir()
+        for name, each in rows.items():
+            compressed(gzip.open, f"{name}-00000-of-00001.jsonl.gz")(tmp_path / "rows", each)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(encoded(str(tmp_path / "rows"), "prompts", model)) == 5
+    assert len(encoded(str(tmp_path / "rows"), "prompts", model, training=False)) == 3
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written beside one's rows"
+
+
+def test_a_broken_file_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole = LAYOUTS["gzip"](tmp_path, rows_of(500)).read_bytes()
+    for content in (whole[: len(whole) // 2], b"no gzip", whole[:20] + b"xxxx" + whole[24:]):
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        with pytest.raises(ConfigurationError, match=r"rows\.jsonl\.gz .*; change data.dataset_name"):
+            encoded(str(tmp_path / "rows.jsonl.gz"), "prompts", str(tiny_model_dir))
+
+
+def test_rows_within_something_else_are_no_rows(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps({"data": rows_of(3)}))
+    with pytest.raises(ConfigurationError, match=r"has one row, with the columns \['data'\], and none to hold out"):
+        encoded(str(tmp_path / "rows.json"), "prompts", str(tiny_model_dir))
+
+
+def test_a_subset_of_a_hub_dataset_is_named_behind_a_colon(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, subset: str | None = None, split: str = "") -> Dataset:
+        asked.append((name, subset))
+        if subset is None:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nE")
+        return Dataset.from_list(rows_of(5 if split == "train" else 2))
+
+    monkeypatch.setattr(source, "load_dataset", load)
+    monkeypatch.setattr(source, "get_dataset_split_names", lambda *name: load(*name) and ["train", "test"])
+    assert len(encoded("some/rows:hard", "prompts", str(tiny_model_dir))) == 5
+    assert set(asked) == {("some/rows", "hard")}
+    with pytest.raises(ConfigurationError, match=r"\['a', 'b'\]; name one in data.dataset_name: some/rows:SUBSET"):
+        encoded("some/rows", "prompts", str(tiny_model_dir))
+
+
+def test_what_is_no_text_is_told_from_what_is_malformed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]
+    rows = [{"messages": json.dumps([user("a"), assistant("b")])}] * 4
+    rows += [{"messages": json.dumps([{"role": "user", "content": parts}, assistant("b")])}]
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "test.jsonl", rows)
+    module = CustomDataModule(str(tmp_path), "conversations", model_name=str(tiny_model_dir))
+    module.setup("fit")
+    assert module.dropped["train"] == {"content in parts that are not text": 1}
 
 
 @pytest.mark.parametrize("validation", ["validation", "dev", "test"])

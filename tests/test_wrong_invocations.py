@@ -120,6 +120,10 @@ def test_a_wrong_option_of_fit_is_told_in_a_few_lines(arguments: str, message: s
         ("inspect --config configs/sft.yaml --rowz 3", "there is no option '--rowz'; did you mean rows?"),
         ("inspect --config configs/sft.yaml --rows many", "rows must be a whole number, got many"),
         ("plan --config configs/sft.yaml --data.max_lenght 3", "did you mean data.max_length?"),
+        (
+            "plan --config configs/sft.yaml --data CustomDataModule --data.dataset_name rows.json",
+            "the following arguments are required: data.task",
+        ),
         ("plan --config sft", "--config sft does not exist; did you mean --config configs/sft.yaml?"),
         ("serve-reward --reward lightning_modules.rewards.rules.Mentions --reward.wort x", "did you mean word?"),
         ("serve-reward --reward.word x --port 8123", "'--reward.word' belongs to a reward, and none is named"),
