@@ -13,20 +13,20 @@ from core.text import told
 from datamodules.chat_template import (
     CHATML_TEMPLATE,
     PROBE,
-    Conversation,
-    TemplateRefusalError,
     UnstableTemplateError,
     read_template,
-    render,
-    render_all,
     turn_end,
     without_special_tokens,
 )
 from datamodules.messages import Message
+from datamodules.rendering import Conversation, TemplateRefusalError, render, render_all
 
 
 class Encoded(NamedTuple):
-    """A conversation as tokens; ``completion_mask`` is True on assistant tokens, their end-of-turn token included."""
+    """A conversation as tokens; ``completion_mask`` is True on assistant tokens, their end-of-turn token included.
+
+    Turns of weight 0 are context.
+    """
 
     input_ids: list[int]
     completion_mask: list[bool]
@@ -152,21 +152,22 @@ def _pieces(
 ) -> list[Piece]:
     """What each stage of a conversation adds to the one before, of which it must be a continuation."""
     end = turn_end(tokenizer)
+    answers = [position for position, message in enumerate(conversation.messages) if message["role"] == "assistant"]
     pieces: list[Piece] = []
     done = ""
     for number, text in enumerate(texts):
         if isinstance(text, TemplateRefusalError):
             raise text
-        learned = number % 2 == 1
-        if not (text.startswith(done) and (not learned or text.endswith(end.closing + end.tail))):
+        answered = number % 2 == 1
+        if not (text.startswith(done) and (not answered or text.endswith(end.closing + end.tail))):
             if conversation.add_generation_prompt:
                 whole = deque(chain([text], texts), maxlen=1).pop()
                 if isinstance(whole, TemplateRefusalError):
                     raise whole
                 return [Piece(whole, learned=False)]
-            answers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
             raise UnstableTemplateError(tokenizer, answers[number // 2])
-        text = text.removesuffix(end.tail) if learned else text
+        text = text.removesuffix(end.tail) if answered else text
+        learned = answered and conversation.messages[answers[number // 2]].get("weight") != 0
         pieces.append(Piece(text[len(done) :], learned))
         done = text
     return pieces

@@ -1,8 +1,7 @@
-"""A tokenizer's chat template: found, tried before it is trusted, and made to write."""
+"""A tokenizer's chat template: found, tried before it is trusted, and what it knows of turns and tools."""
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,23 +11,17 @@ import jinja2.nodes
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
-from core.limits import memory_limit, time_limit
-from core.text import printable, told
+from core.limits import memory_limit
 from datamodules.messages import Message, UnusableRowError, uses_tools
+from datamodules.rendering import TemplateRefusalError, render
 
 TEMPLATES = Path(__file__).parent / "templates"
 """The chat templates that ship, each under its file's name."""
 CHATML_TEMPLATE = (TEMPLATES / "chatml.jinja").read_text("utf-8")
 PROBE = ("the question of a probe", "the answer to a probe")
 """Texts that every template must show, whatever it puts around them."""
-RENDER_S = 10.0
-"""Seconds that a template may take for a conversation, which is some thousand times what any takes."""
 PROBE_BYTES = 1 << 30
 """Memory that a template may take for a conversation of two short turns."""
-LARGEST_RENDERED = 50_000_000
-"""Characters of a conversation."""
-RENDERED_TOGETHER = 250_000
-"""Characters of the conversations that a template is given in one call; about a hundred usual rows."""
 
 
 class UnstableTemplateError(ConfigurationError):
@@ -39,14 +32,6 @@ class UnstableTemplateError(ConfigurationError):
             f"the chat template rewrites earlier text at turn {position}, so a prompt is no prefix of its "
             f"conversation; {another_template(str(tokenizer.chat_template))}"
         )
-
-
-class TemplateRefusalError(ConfigurationError):
-    """A chat template that does not take a conversation, and in ``reason`` what it says of it."""
-
-    def __init__(self, roles: Sequence[str], reason: str) -> None:
-        super().__init__(f"the chat template refuses a conversation with the roles {list(roles)}: {reason}")
-        self.reason = reason
 
 
 class TurnEnd(NamedTuple):
@@ -81,94 +66,6 @@ class ToolTurns(NamedTuple):
     calls: bool
     results: bool
     listed: bool
-
-
-class Conversation(NamedTuple):
-    """What a template is to write: turns, and behind them the opening of an assistant's or nothing.
-
-    ``tools`` is what may be called, as JSON schemas, for templates that list it.
-    """
-
-    messages: Sequence[Message]
-    add_generation_prompt: bool = False
-    tools: Sequence[Any] | None = None
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    tools: Sequence[Any] | None = None,
-) -> str:
-    """The conversation as the template writes it, with the tools that may be called where it takes them.
-
-    Raises:
-        TemplateRefusalError: If the template refuses the conversation.
-    """
-    try:
-        return _written(tokenizer, [messages], add_generation_prompt, tools)[0]
-    except Exception as error:  # a template is a program
-        reason = printable(str(error)) if isinstance(error, jinja2.TemplateError) else told(error)
-        raise TemplateRefusalError([message["role"] for message in messages], reason) from error
-
-
-def render_all(
-    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Conversation]
-) -> Iterator[str | TemplateRefusalError]:
-    """Each conversation as :func:`render` gives it, or the error that it raises, one after the other.
-
-    Those without tools are asked for together, which takes half the time of as many calls.
-    """
-    for group in _groups(conversations):
-        found: dict[int, str | TemplateRefusalError] = {}
-        for opened in (True, False):
-            alike = [n for n, one in enumerate(group) if one.add_generation_prompt is opened and not one.tools]
-            turns = [group[number].messages for number in alike]
-            with contextlib.suppress(Exception):  # each is then asked for alone, and says what is wrong with it
-                found |= zip(alike, _written(tokenizer, turns, opened) if len(turns) > 1 else [], strict=False)
-        for number, (messages, opened, tools) in enumerate(group):
-            if number not in found:
-                try:
-                    found[number] = render(tokenizer, messages, add_generation_prompt=opened, tools=tools)
-                except TemplateRefusalError as refusal:
-                    found[number] = refusal
-            yield found.pop(number)
-
-
-def _groups(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    """As many as make a call worth while, and no more text in memory."""
-    group: list[Conversation] = []
-    size = 0
-    for conversation in conversations:
-        group.append(conversation)
-        size += sum(len(message["content"]) for message in conversation.messages)
-        if size >= RENDERED_TOGETHER:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _written(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Message]],
-    add_generation_prompt: bool,
-    tools: Sequence[Any] | None = None,
-) -> list[str]:
-    if not all(conversations):
-        raise ValueError("it has no turns")
-    with time_limit(RENDER_S):
-        texts: list[str] = tokenizer.apply_chat_template(  # type: ignore[assignment]
-            [list(messages) for messages in conversations],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            tools=list(tools) if tools else None,
-        )
-    longest = max(map(len, texts))
-    if longest > LARGEST_RENDERED:
-        raise ValueError(f"it makes {longest:,} characters of them, and {LARGEST_RENDERED:,} are the most")
-    return texts
 
 
 def check_template(template: str) -> None:
@@ -278,7 +175,7 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequenc
     ]
 
 
-OF_A_TURN = ("role", "content", "tool_calls", "name", "tool_call_id")
+OF_A_TURN = ("role", "content", "tool_calls", "name", "tool_call_id", "weight")
 
 
 @lru_cache(maxsize=8)

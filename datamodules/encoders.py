@@ -8,7 +8,7 @@ from typing import Any
 from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat_template import Conversation, check_tools, tool_turns, without_special_tokens
+from datamodules.chat_template import check_tools, tool_turns, without_special_tokens
 from datamodules.encoding import KEY, Encoder, Row, Steps, giving, row_encoder
 from datamodules.formats import Task
 from datamodules.messages import (
@@ -22,6 +22,7 @@ from datamodules.messages import (
     shortened,
     without_nulls,
 )
+from datamodules.rendering import Conversation
 
 IDS = List(Value("int32"))
 

@@ -13,13 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
 from datamodules.chat import Encoded, encode_conversations
-from datamodules.chat_template import (
-    Conversation,
-    TemplateRefusalError,
-)
 from datamodules.messages import (
     UnusableRowError,
 )
+from datamodules.rendering import Conversation, TemplateRefusalError
 
 Row = Mapping[str, Any]
 Columns = dict[str, Any]
@@ -28,7 +25,7 @@ Steps = Generator[list[Conversation], list[Encoded], Columns]
 """A row's way to its columns: see :func:`row_encoder`."""
 KEY = "prompt_key"
 """The column of what tells prompts apart, whatever their case and spaces."""
-CODE = ("messages", "formats", "chat_template", "chat", "encoding", "encoders")
+CODE = ("messages", "formats", "rendering", "chat_template", "chat", "encoding", "encoders")
 """The modules that rows are encoded with."""
 ROWS_PER_PROCESS = 2_000
 """The fewest for which starting a process pays."""

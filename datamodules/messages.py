@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
-"""``role`` (system, user, assistant or tool) and ``content``; an assistant's may have ``tool_calls``."""
+"""``role`` (system, user, assistant or tool) and ``content``; an assistant's may have ``tool_calls``, and ``weight`` 0
+where it is not to be learned."""
 
 ROLES = {
     "human": "user",
@@ -49,6 +50,8 @@ def _as_message(turn: Mapping[str, Any]) -> Message:
     message: Message = {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
     if calls := without_nulls(parsed(turn.get("tool_calls"))):
         message |= {"content": content or "", "tool_calls": [_call(call) for call in calls]}
+    if message["role"] == "assistant" and turn.get("weight") == 0:  # as OpenAI's rows have it
+        message["weight"] = 0
     for name in ("name", "tool_call_id"):
         if message["role"] == "tool" and isinstance(turn.get(name), str):
             message[name] = turn[name]

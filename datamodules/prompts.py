@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import ConfigurationError
 from datamodules.chat import encode_conversation
-from datamodules.chat_template import TemplateRefusalError
 from datamodules.formats import FORMATS, Reader, find_format
 from datamodules.messages import Message, UnusableRowError, flaw, uses_tools
+from datamodules.rendering import TemplateRefusalError
 from datamodules.source import load_rows
 
 OPTION = "evaluation.dataset_name"

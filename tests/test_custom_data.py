@@ -297,6 +297,24 @@ def test_rows_that_do_not_serve_the_task_are_refused(
         encoded(write(tmp_path / "rows.jsonl", [row] * 3), task, str(tiny_model_dir))
 
 
+@pytest.mark.parametrize("nothing", [0, 0.0, False])
+def test_an_answer_of_weight_0_is_context(nothing: float, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """As OpenAI's rows have it; the others are learned, whether they have a weight or none."""
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    turns = [user("a"), assistant("bad", weight=nothing), user("b"), assistant("good", weight=1), user("c")]
+    rows = [{"messages": [*turns, assistant("fine")]}, {"messages": turns[:2]}] * 2
+    write(tmp_path / "test.jsonl", rows)
+    module = CustomDataModule(
+        str(Path(write(tmp_path / "train.jsonl", rows)).parent), "conversations", model_name=str(tiny_model_dir)
+    )
+    module.setup("fit")
+    assert module.dropped["train"] == {"no supervised token": 2}
+    for row in module._splits["train"]:
+        pairs = list(zip(row["input_ids"], row["completion_mask"], strict=True))
+        assert tokenizer.decode([token for token, counts in pairs if counts]) == "good<|im_end|>fine<|im_end|>"
+        assert "assistant\nbad<|im_end|>" in tokenizer.decode(row["input_ids"])
+
+
 def rows_of(count: int, first: int = 0) -> list[Row]:
     return [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(first, first + count)]
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Features, load_dataset
 
 from core.errors import ConfigurationError
-from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, chat_template, encoding
+from datamodules import SmolTalkDataModule, UltraFeedbackDataModule, encoding, rendering
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.chat import encode_conversation, load_tokenizer, tail_ids
 from datamodules.chat_template import CHATML_TEMPLATE, turn_end
@@ -127,8 +127,8 @@ def test_rows_encoded_together_are_as_each_alone(
     task: Task, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is beside them: rows that are refused, that time out, that are shortened, and that have tools."""
-    monkeypatch.setattr(chat_template, "RENDERED_TOGETHER", 100)
-    monkeypatch.setattr(chat_template, "RENDER_S", 0.1)
+    monkeypatch.setattr(rendering, "RENDERED_TOGETHER", 100)
+    monkeypatch.setattr(rendering, "RENDER_S", 0.1)
     (tmp_path / "rules.jinja").write_text(RULES + CHATML_TEMPLATE)
     tokenizer = load_tokenizer(str(tiny_model_dir), chat_template=str(tmp_path / "rules.jinja"))
     tool = {"type": "function", "function": {"name": "f", "description": "A tool.", "parameters": {}}}
@@ -158,7 +158,7 @@ def test_a_call_of_a_template_is_given_so_much_text_and_no_more(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many turns a conversation has, each of which has what went before it rendered again."""
-    monkeypatch.setattr(chat_template, "RENDERED_TOGETHER", 1_000)
+    monkeypatch.setattr(rendering, "RENDERED_TOGETHER", 1_000)
     tokenizer = load_tokenizer(str(tiny_model_dir))
     turn_end(tokenizer)  # whose probe is a call of its own
     apply, given = tokenizer.apply_chat_template, list[list[int]]()

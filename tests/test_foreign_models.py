@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 from callbacks.model_card import LINEAGE, earlier_lineage
 from core.errors import ConfigurationError
 from core.limits import memory_limit, time_limit
-from datamodules import chat_template
+from datamodules import rendering
 from datamodules.chat import load_tokenizer
-from datamodules.chat_template import TemplateRefusalError, render, turn_end
+from datamodules.chat_template import turn_end
+from datamodules.rendering import TemplateRefusalError, render
 from lightning_modules.models.loading import load_causal_lm
 from tests.command_line import Cli, assert_refused
 
@@ -116,7 +117,7 @@ def test_a_template_is_bounded_in_time_and_size(
 ) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATES[template])
-    monkeypatch.setattr(chat_template, "RENDER_S", 1.0)
+    monkeypatch.setattr(rendering, "RENDER_S", 1.0)
     tokenizer = AutoTokenizer.from_pretrained(model)
     started = time.monotonic()
     with pytest.raises(ConfigurationError, match=r"the chat template refuses .* name another in --data.chat_template"):
@@ -129,7 +130,7 @@ def test_a_conversation_that_a_template_makes_huge_is_refused(
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_model_dir))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content * 50 }}{% endfor %}"
-    monkeypatch.setattr(chat_template, "LARGEST_RENDERED", 1000)
+    monkeypatch.setattr(rendering, "LARGEST_RENDERED", 1000)
     assert len(render(tokenizer, [{"role": "user", "content": "x" * 20}], add_generation_prompt=False)) == 1000
     with pytest.raises(TemplateRefusalError, match="it makes 1,050 characters of them, and 1,000 are the most"):
         render(tokenizer, [{"role": "user", "content": "x" * 21}], add_generation_prompt=False)

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from datamodules.chat import load_tokenizer
-from datamodules.chat_template import render, without_special_tokens
+from datamodules.chat_template import without_special_tokens
 from datamodules.messages import Message
+from datamodules.rendering import render
 from lightning_modules.rewards.http import HTTPReward
 
 CONTROL = re.compile(r"<\|[a-z_]+\|>")
