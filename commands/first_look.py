@@ -136,7 +136,9 @@ def place(option: str) -> str:
 def names_others(arguments: Iterable[str]) -> bool:
     """Whether a class that is not of this suite is named, on the command line or in a config."""
     texts = list(arguments)
-    for argument in arguments:
+    for option, argument in zip(["", *texts], list(texts), strict=False):
+        if "dataset_name" in option + argument:
+            continue  # a file of rows, perhaps a large one
         file = Path(argument.rpartition("=")[2])
         if file.suffix in (".yaml", ".yml", ".json") and file.is_file():
             texts += re.findall(r"class_path[\"']?\s*:\s*[\"']?([\w.]+)", file.read_text("utf-8", errors="replace"))

@@ -76,10 +76,10 @@ def split_names(dataset_name: str, *, option: str = "data.dataset_name") -> list
         return []
     if path.is_dir():
         saved = [folder.name for folder in path.iterdir() if _saved_files(folder)]
-        files = [file for file in _data_files(path) if _plain_name(file).suffix in FORMATS]
+        files = [file for file in _data_files(path) if plain_name(file).suffix in FORMATS]
         if not (saved or files):
             raise ConfigurationError(f"{path} has no files of {', '.join(FORMATS)}; change {option}")
-        return sorted(saved) or sorted({SHARD.sub("", _plain_name(file).stem) for file in files})
+        return sorted(saved) or sorted({SHARD.sub("", plain_name(file).stem) for file in files})
     try:
         return [str(name) for name in get_dataset_split_names(*_hub_name(dataset_name, option=option))]
     except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ def _data_files(directory: Path) -> list[Path]:
     return [file for folder in folders for file in sorted(folder.iterdir())]
 
 
-def _plain_name(file: Path) -> Path:
+def plain_name(file: Path) -> Path:
     """A file's name without what says that it is compressed."""
     return Path(file.stem if file.suffix in COMPRESSED else file.name)
 
@@ -114,11 +114,11 @@ def _saved_files(directory: Path) -> list[Path]:
 def _split_files(directory: Path, split: str, *, option: str) -> list[Path]:
     files = _saved_files(directory / split)
     for file in _data_files(directory):
-        name = _plain_name(file)
+        name = plain_name(file)
         if name.suffix in FORMATS and (name.stem == split or name.stem.startswith(f"{split}-")):
             files.append(file)
     if not files:
-        present = sorted(file.name for file in directory.rglob("*") if _plain_name(file).suffix in FORMATS)
+        present = sorted(file.name for file in directory.rglob("*") if plain_name(file).suffix in FORMATS)
         raise ConfigurationError(
             f"{directory} has no {split}.parquet or {split}.jsonl, only {present or 'no data files'}; change {option}"
         )
@@ -126,7 +126,7 @@ def _split_files(directory: Path, split: str, *, option: str) -> list[Path]:
 
 
 def _read_files(files: Sequence[Path], *, option: str) -> Dataset:
-    suffix = _plain_name(files[0]).suffix
+    suffix = plain_name(files[0]).suffix
     file_format = {**FORMATS, ARROW: "arrow"}.get(suffix)
     if file_format is None:
         known = f"{', '.join(FORMATS)}, plain or with {', '.join(COMPRESSED)}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from commands.configured import configured
-from commands.first_look import OWN, SOURCES, flaws, options_of
+from commands.first_look import OWN, SOURCES, flaws, names_others, options_of
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
@@ -52,3 +52,11 @@ def test_what_is_right_is_not_told() -> None:
         "configs/sft.yaml",
     ]
     assert not list(flaws("fit", right))
+
+
+def test_a_file_of_rows_names_no_class(tmp_path: Path) -> None:
+    """It is not even read, as it may be large; a config is."""
+    (tmp_path / "rows.json").write_text('[{"class_path": "mine.Own"}]')
+    rows = str(tmp_path / "rows.json")
+    assert not names_others(["--data.dataset_name", rows, f"--data.init_args.dataset_name={rows}"])
+    assert names_others(["--config", rows])

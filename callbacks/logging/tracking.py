@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from core.errors import ConfigurationError
 from core.secrets import redact
-from datamodules.source import FORMATS
+from datamodules.source import FORMATS, plain_name
 
 PROJECT = "cs224r_deeprl_final"
 PROBE_S = 4.0
@@ -135,4 +135,5 @@ def short_name(name: str) -> str:
     path = Path(name)
     if path.name == "final":
         return path.parent.name
-    return path.stem if path.suffix in FORMATS else path.name
+    file = plain_name(path)
+    return file.stem if file.suffix in FORMATS else path.name
