@@ -131,13 +131,12 @@ def _read_files(files: Sequence[Path], *, option: str) -> Dataset:
     if file_format is None:
         known = f"{', '.join(FORMATS)}, plain or with {', '.join(COMPRESSED)}"
         raise ConfigurationError(f"{files[0]} is none of {known}; change {option}")
-    if not any(file.stat().st_size for file in files):
-        raise ConfigurationError(f"{files[0]} is empty; change {option}")
     try:
+        if not any(file.stat().st_size for file in files):
+            raise ConfigurationError(f"{files[0]} is empty; change {option}")
+        # What reads the rows would fail later, and name no file.
         if file_format in ("json", "csv") and (told := next(filter(None, map(_not_text, files)), "")):
-            raise ConfigurationError(
-                f"{told}; change {option}"
-            )  # what reads the rows would fail later, and name no file
+            raise ConfigurationError(f"{told}; change {option}")
         table: dict[str, Any] = {}
         if file_format == "csv":
             separator = "\t" if suffix == ".tsv" else ","

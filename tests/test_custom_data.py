@@ -394,6 +394,13 @@ def test_a_broken_file_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
             encoded(str(tmp_path / "rows.jsonl.gz"), "prompts", str(tiny_model_dir))
 
 
+def test_a_saved_dataset_without_one_of_its_files_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = saved(tmp_path, rows_of(20))
+    max(directory.glob("*.arrow")).unlink()
+    with pytest.raises(ConfigurationError, match=r"data-00001-of-00002\.arrow.*; change data.dataset_name"):
+        encoded(str(directory), "prompts", str(tiny_model_dir))
+
+
 def test_rows_within_something_else_are_no_rows(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps({"data": rows_of(3)}))
     with pytest.raises(ConfigurationError, match=r"has one row, with the columns \['data'\], and none to hold out"):
