@@ -90,6 +90,12 @@ def shown_dataset(name: str | None) -> str:
     return printable(" + ".join(f"{short_name(part)} (local)" if Path(part).exists() else part for part in parts))
 
 
+def hub_datasets(stages: list[dict[str, Any]]) -> list[str]:
+    """The hub's datasets that the stages were trained on, without the names of subsets."""
+    named = [name for stage in stages for name in stage["dataset"].split(" + ")]
+    return list(dict.fromkeys(name.partition(":")[0] for name in named if "/" in name))
+
+
 def headline(trainer: Trainer) -> str:
     """The win rate of the model as it is exported, in words; empty where it was not evaluated."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -115,11 +121,10 @@ def model_card(
         if name.startswith(("val/", "eval/")) and value.numel() == 1 and value.isfinite()
     }
     stages, base = history["stages"], history["base_model"]
-    named = [name for stage in stages for name in stage["dataset"].split(" + ")]
-    hub_datasets = [name.partition(":")[0] for name in named if "/" in name]
+    datasets = hub_datasets(stages)
     front_matter = {
         **({"base_model": base} if base else {}),
-        **({"datasets": list(dict.fromkeys(hub_datasets))} if hub_datasets else {}),
+        **({"datasets": datasets} if datasets else {}),
         "library_name": library,
         "pipeline_tag": "text-generation" if module.can_generate else "text-classification",
         "tags": [*dict.fromkeys(stage["method"] for stage in stages), "pytorch-lightning"],

@@ -87,7 +87,7 @@ def _groups(conversations: Iterable[Conversation]) -> Iterator[list[Conversation
     size = 0
     for conversation in conversations:
         group.append(conversation)
-        size += sum(len(message["content"]) for message in conversation.messages)
+        size += sum(len(str(message.get("content", ""))) for message in conversation.messages)
         if size >= RENDERED_TOGETHER:
             yield group
             group, size = [], 0

@@ -16,9 +16,14 @@ from datasets.exceptions import DatasetGenerationError
 
 from core.errors import ConfigurationError
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-ARROW = ".arrow"
-"""What ``Dataset.save_to_disk`` writes, and lists in ``state.json``."""
+FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+}
 COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 HELD_OUT_SHARE = 0.05
 
@@ -30,9 +35,9 @@ def load_rows(
 
     Args:
         dataset_name: A hub id, with ``:`` and the subset's name where the dataset has several; or a directory with
-            ``<split>.parquet``, ``<split>-*.parquet`` or the same as ``.jsonl``, ``.json``, ``.csv`` or ``.tsv``,
-            plain or compressed, at its top or under ``data/``; or one such file, of which 5 % can be held out. A
-            dataset that was saved with ``save_to_disk`` is like a file, several like a directory.
+            ``<split>.parquet``, ``<split>-*.parquet`` or the same of another of ``FORMATS``, plain or compressed, at
+            its top or under ``data/``; or one such file, of which 5 % can be held out. A dataset that was saved with
+            ``save_to_disk`` is like a file, several like a directory.
         split: The split's name on the hub.
         columns: Columns that must be there.
         held_out: For a single file, whether the held-out rows are wanted, the others, or (None) all.
@@ -127,7 +132,7 @@ def _split_files(directory: Path, split: str, *, option: str) -> list[Path]:
 
 def _read_files(files: Sequence[Path], *, option: str) -> Dataset:
     suffix = plain_name(files[0]).suffix
-    file_format = {**FORMATS, ARROW: "arrow"}.get(suffix)
+    file_format = FORMATS.get(suffix)
     if file_format is None:
         known = f"{', '.join(FORMATS)}, plain or with {', '.join(COMPRESSED)}"
         raise ConfigurationError(f"{files[0]} is none of {known}; change {option}")

@@ -2,6 +2,7 @@
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import load_dataset
@@ -12,6 +13,7 @@ from core.errors import ConfigurationError
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids, tail_ids, token_ids
 from datamodules.chat_template import CHATML_TEMPLATE, turn_end
 from datamodules.messages import flaw, shortened
+from datamodules.rendering import TemplateRefusalError
 from lightning_modules.rewards.local import conversation_ids
 from tests.conftest import tiny_tokenizer
 
@@ -80,6 +82,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_what_to_do(token
     tokenizer.chat_template = CHATML_TEMPLATE.replace("{%- for", "{{- messages | length -}}{%- for", 1)
     with pytest.raises(ConfigurationError, match=r"rewrites earlier text at turn 2.*--data.chat_template: .* chatml"):
         encode_conversation(tokenizer, CONVERSATION)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": None}])
+def test_a_turn_without_text_is_the_template_s_to_refuse(
+    message: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(TemplateRefusalError, match="the chat template refuses a conversation"):
+        encode_conversation(tokenizer, [message, {"role": "assistant", "content": "a"}])
 
 
 def test_a_prompt_under_a_template_that_rewrites_earlier_turns_is_what_it_writes(

@@ -349,8 +349,8 @@ def tabulated(directory: Path, rows: list[Row]) -> Path:
     return directory / "rows.tsv"
 
 
-def saved(directory: Path, rows: list[Row]) -> Path:
-    Dataset.from_list(rows).save_to_disk(directory / "saved", num_shards=2)
+def saved(directory: Path, rows: list[Row], num_shards: int = 2) -> Path:
+    Dataset.from_list(rows).save_to_disk(directory / "saved", num_shards=num_shards)
     return directory / "saved"
 
 
@@ -361,6 +361,7 @@ LAYOUTS: dict[str, Callable[[Path, list[Row]], Path]] = {
     "xz": compressed(lzma.open, "rows.json.xz"),
     "TSV": tabulated,
     "save_to_disk": saved,
+    "Arrow": lambda directory, rows: saved(directory, rows, num_shards=1) / "data-00000-of-00001.arrow",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from callbacks.model_card import hub_datasets
 from tests.command_line import Cli, assert_refused
 
 
@@ -109,6 +110,19 @@ def run(config: Any, cli: Cli, tmp_path: Path) -> Path:
     """A finished run that was evaluated."""
     assert cli("fit", "--config", config("DPOModule"), "--trainer.log_every_n_steps", "1").returncode == 0
     return tmp_path / "run"
+
+
+def test_the_subset_of_a_dataset_stands_apart_from_its_id(run: Path, hub: Hub, cli: Cli) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluation"]["dataset_name"] = "some/prompts:hard"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    result = cli("push", str(run), "me/model", "--yes")
+    assert result.returncode == 0, result.stderr
+    front = yaml.safe_load(hub.files["README.md"].decode().split("---")[1])
+    told = front["model-index"][0]["results"][0]["dataset"]
+    assert told == {"name": "some/prompts:hard", "type": "some/prompts", "config": "hard"}
+    stages = [{"dataset": "a/talks:all + rows (local)"}, {"dataset": "b/pairs"}, {"dataset": "a/talks:other"}]
+    assert hub_datasets(stages) == ["a/talks", "b/pairs"]
 
 
 def test_a_runs_model_goes_with_its_card_and_its_evaluation_and_is_private(run: Path, hub: Hub, cli: Cli) -> None:

@@ -42,6 +42,7 @@ def test_a_key_in_the_environment_or_from_wandb_login_means_online(
     [
         ("Qwen/Qwen2.5-0.5B", "HuggingFaceTB/smol-smoltalk", "sft-Qwen2.5-0.5B-smol-smoltalk"),
         ("outputs/sft/final", "data/pairs.parquet", "sft-sft-pairs"),
+        ("outputs/sft/final", "pairs.jsonl.gz", "sft-sft-pairs"),
     ],
 )
 def test_a_run_is_named_after_method_model_and_dataset(model: str, dataset: str, name: str) -> None:
