@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def config(method: str, model: Path, rows: Path, folder: Path, options: argparse
     content = {
         "trainer": {
             "default_root_dir": str(folder / "run"),
-            "accelerator": "cpu",
+            "accelerator": "gpu" if options.device == "cuda" else "cpu",
+            "precision": "bf16-mixed" if options.device == "cuda" else "32-true",
             "max_epochs": 1,
             "limit_train_batches": options.steps,
             "limit_val_batches": 2,
@@ -70,9 +72,9 @@ def config(method: str, model: Path, rows: Path, folder: Path, options: argparse
     return file
 
 
-def measured(file: Path) -> int:
+def measured(file: Path, device: str) -> int:
     """Bytes that the run takes at most."""
-    return int(in_fresh_process(["--measure", str(file)]).splitlines()[-1])
+    return int(in_fresh_process(["--device", device, "--measure", str(file)]).splitlines()[-1])
 
 
 def in_fresh_process(arguments: list[str]) -> str:
@@ -85,14 +87,14 @@ def in_fresh_process(arguments: list[str]) -> str:
     return found.stdout
 
 
-def measure(file: str) -> None:
+def measure(file: str, device: str) -> None:
     """Run a fit in this process and print the peak."""
     from cli import main as cli_main
     from commands import lightning  # all that a fit imports
     from core.memory import PeakMemory
 
     assert lightning
-    memory = PeakMemory("cpu")
+    memory = PeakMemory(device)
     with contextlib.redirect_stdout(io.StringIO()):
         code = cli_main(["fit", "--config", file])
     if code:
@@ -110,16 +112,17 @@ def plan(file: Path) -> dict[str, Any]:
     return content
 
 
-def made_models(scratch: Path) -> dict[str, Path]:
-    """Random models of the shapes that matter: the demo's, and a small one with a large vocabulary."""
+def made_models(scratch: Path, shapes: Iterable[str]) -> dict[str, Path]:
+    """The demo's model, and random ones of the shapes."""
     from demo.material import make as make_material
 
     found = {}
     with contextlib.redirect_stdout(io.StringIO()):
         make_material(scratch / "material")
     found["demo"] = scratch / "material" / "model"
-    found["v152k"] = scratch / "v152k"
-    save_model(SHAPES["v152k"], found["v152k"])
+    for shape in shapes:
+        found[shape] = scratch / shape
+        save_model(SHAPES[shape], found[shape])
     return found
 
 
@@ -128,7 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=list(METHODS), metavar="method")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="further models")
+    parser.add_argument("--shape", action="append", default=[], choices=SHAPES, help="further ones, random")
     parser.add_argument("--only", help="of the models")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="on cuda in bfloat16")
     parser.add_argument("--rows", type=Path, help="a folder with real rows")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=1_024, help="data.max_length")
@@ -139,14 +144,14 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure)
+        measure(options.measure, options.device)
         return
     print(
         f"| {'model':8} | method | planned MB | measured MB | planned / measured | moment |\n|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        models = made_models(scratch) | {
+        models = made_models(scratch, {"v152k", *options.shape}) | {
             name: Path(path) for name, _, path in (m.partition("=") for m in options.model)
         }
         for name, model in models.items():
@@ -154,10 +159,10 @@ def main() -> None:
                 folder = Path(tempfile.mkdtemp(dir=scratch))
                 rows = scratch / "material" if name == "demo" else options.rows or folder
                 if rows == folder:
-                    shape = SHAPES["v152k" if name == "v152k" else "tiny"]
+                    shape = SHAPES[name if name in SHAPES else "tiny"]
                     make("dpo" if method != "sft" else "sft", shape, Size(), bytes_per_number=4).write(folder)
                 file = config(method, model.resolve(), rows.resolve(), folder, options)
-                told, took = plan(file), measured(file)
+                told, took = plan(file), measured(file, options.device)
                 planned = told["peak"]["bytes"]
                 cells = (f"{planned / 1e6:,.0f}", f"{took / 1e6:,.0f}", f"{planned / took:.2f}", told["peak"]["moment"])
                 print(f"| {name} | {method} | {' | '.join(cells)} |", flush=True)

@@ -60,8 +60,8 @@ def contestants(workload: str, options: argparse.Namespace) -> list[Contestant]:
     found = []
     for side, variants in (("suite", SUITE[workload]), ("trl", TRL[workload])):
         if options.only in (None, side):
-            names = list(variants) if options.variants else list(variants)[:1]
-            first = names[0]
+            first, *others = variants
+            names = [first, *(name for name in others if options.variants or name in options.also)]
             found += [Contestant(name, side, variants[name], side == "trl" and name == first) for name in names]
             if options.lora and workload != "generation":
                 adapted = {f"{name}, LoRA": {**variants[name], "lora": options.lora} for name in names}
@@ -178,6 +178,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="how often at most")
     parser.add_argument("--only", choices=("suite", "trl"), help="one side; in a sweep the suite by default")
     parser.add_argument("--variants", action="store_true", help="every option alone too")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME", help="one of them by its name")
     parser.add_argument("--lora", type=int, metavar="RANK", help="each side with an adapter of this rank too")
     parser.add_argument("--sweep", choices=SWEEPS, help="how cost grows, instead of the workloads")
     for field in fields(Size):
