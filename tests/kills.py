@@ -72,6 +72,7 @@ def command(
     rank: int = 0,
     mixture: bool = False,
     sharded: bool = False,
+    accelerator: str = "cpu",
 ) -> list[str]:
     """The same command for the first start and for every later one; ``rank`` is LoRA's, 0 for all weights."""
     task = {"SFTModule": "conversations", "RLOOModule": "prompts"}.get(method, "preferences")
@@ -85,7 +86,8 @@ def command(
         "export": {},
         "trainer": {
             "default_root_dir": str(run),
-            "accelerator": "cpu",
+            "accelerator": accelerator,
+            **({"deterministic": True, "precision": "bf16-mixed"} if accelerator == "gpu" else {}),
             "devices": ranks,
             **({"strategy": SHARDED if sharded else "ddp"} if ranks > 1 or sharded else {}),
             "max_epochs": epochs,
@@ -193,16 +195,15 @@ def kill_and_compare(
     epochs: int = 2,
     ranks: int = 1,
     rank: int = 0,
-    mixture: bool = False,
-    sharded: bool = False,
+    **others: Any,
 ) -> Outcome:
-    """Runs of a method until so many kills have been made."""
+    """Runs of a method until so many kills have been made; ``others`` are further options of :func:`command`."""
     rng = random.Random(f"{seed}-{method}-{workers}-{ranks}-{rank}")
     material = directory / "material"
     if not material.exists():
         make_material(material)
     place = directory / f"{method}-{workers}"
-    options: dict[str, Any] = {"workers": workers, "ranks": ranks, "rank": rank, "mixture": mixture, "sharded": sharded}
+    options: dict[str, Any] = {"workers": workers, "ranks": ranks, "rank": rank, **others}
     (place / "alone").mkdir(parents=True)
     began = time.monotonic()
     (place / "alone" / "seconds").write_text("1")
@@ -229,6 +230,7 @@ def main() -> int:
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank")
     parser.add_argument("--mixture", action="store_true", help="train on a mixture of two parts, for three epochs")
     parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="gpu: bfloat16, deterministic")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -241,6 +243,7 @@ def main() -> int:
                 kills = arguments.kills // len(arguments.workers)
                 options: dict[str, Any] = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
                 options |= {"rank": arguments.lora, "mixture": arguments.mixture, "sharded": arguments.sharded}
+                options |= {"accelerator": arguments.accelerator}
                 found = kill_and_compare(Path(directory), method, kills=kills, **options)
                 print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
                 failed = failed or bool(found.different)

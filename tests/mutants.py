@@ -321,6 +321,21 @@ PLANTED = [
         "tests/test_draws.py",
     ),
     Mutant(
+        "lightning_modules/generation/sampler.py", ", dtype=torch.float32)", ")", "tests/test_generation.py -k default"
+    ),
+    Mutant(
+        "lightning_modules/generation/sampler.py",
+        "on_tokens(rows[~ended], drawn[~ended])",
+        "on_tokens(rows, drawn)",
+        "tests/test_chat_command.py -k further",
+    ),
+    Mutant(
+        "callbacks/checkpoints/sharded_checkpoint.py",
+        "metadata.storage_data = {part.index: part.storage_data for parts in results for part in parts}",
+        "",
+        "tests/test_checkpoint_io.py -k index",
+    ),
+    Mutant(
         "lightning_modules/generation/sampler.py",
         " if token < model.config.vocab_size]",
         "]",

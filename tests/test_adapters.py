@@ -414,6 +414,7 @@ def test_weights_of_few_bits_are_trained_beside_and_are_in_no_checkpoint(
         module = SFTModule(model_name=str(base), lora=LoraOptions(4), quantization="nf4")
         module.configure_model()
         module.load_state_dict(saved, strict=False)
+        module.cpu()  # a GPU is where they are loaded, if there is one
         found = completion_tokens(module.model.eval(), batch()).log_probs
         merged = completion_tokens(plain(run / "final").eval(), batch()).log_probs
         torch.testing.assert_close(found, merged, atol=1e-5, rtol=1e-5)

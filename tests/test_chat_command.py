@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commands.chat import Screen, Settings, Speaker, Talk, found_model, labels, talk_until_the_end
 from datamodules.chat import encode_conversation, stop_token_ids
+from lightning_modules.generation import sampler
 from lightning_modules.generation.sampler import sample_completions
 from lightning_modules.rewards.rules import brevity
 from tests.command_line import Cli, assert_refused
@@ -34,7 +35,12 @@ def speaker(tiny_model_dir: Path) -> Speaker:
     return Speaker("tiny", str(tiny_model_dir), Settings(0.0, 6, 42))
 
 
-def test_every_step_tells_which_samples_have_a_further_token(speaker: Speaker) -> None:
+@pytest.mark.parametrize("stay", [False, True], ids=["rows leave at once", "rows leave late, as on a GPU"])
+def test_every_step_tells_which_samples_have_a_further_token(
+    speaker: Speaker, stay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stay:
+        monkeypatch.setattr(sampler, "_leaves", lambda ended, step: 0)
     told: dict[int, list[int]] = {0: [], 1: [], 2: []}
 
     def add(rows: Tensor, tokens: Tensor) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent, whatever kills the write, and the newest whole one is resumed from."""
 
+import dataclasses
 import os
 import pickle
 import resource
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
 
 from callbacks.checkpoints import checkpoint_io, sharded_checkpoint, sharded_files
 from callbacks.checkpoints.boundary_checkpoint import BoundaryCheckpoint
@@ -286,7 +288,17 @@ def test_a_checkpoint_folder_that_cannot_be_written_stops_the_run(config: Any, t
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_sharded_checkpoint_s_index_is_read_without_running_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_sharded_checkpoint_s_index_is_read_without_running_it(
+    copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a version of torch that completes a copy of the index, and gives the other one to who saves."""
+    finishes = FileSystemWriter.finish
+    if copied:
+        monkeypatch.setattr(
+            FileSystemWriter, "finish", lambda self, index, results: finishes(self, dataclasses.replace(index), results)
+        )
+
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "canary"),)
@@ -296,7 +308,8 @@ def test_a_sharded_checkpoint_s_index_is_read_without_running_it(tmp_path: Path)
 
     def saved(**more: Any) -> tuple[Path, Any]:
         sharded_files.make_empty(partial := tmp_path / "last.ckpt.partial")
-        index = distributed_checkpoint.save({"w": torch.ones(3), **more}, checkpoint_id=partial, no_dist=True)
+        writer = sharded_checkpoint.Writer(partial)
+        index = distributed_checkpoint.save({"w": torch.ones(3), **more}, storage_writer=writer, no_dist=True)
         return partial, index
 
     def finish(partial: Path, index: Any) -> None:

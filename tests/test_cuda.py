@@ -22,6 +22,7 @@ from lightning_modules.generation.family_decoder import FamilyDecoder
 from lightning_modules.generation.sampler import Samples, sample_completions
 from tests.command_line import Cli
 from tests.test_decode import FAMILY, SMALL, made
+from tests.test_exact_resume import assert_kills_change_nothing
 from tests.test_fast_paths import GROUPS, ROWS, batch_of, weighted
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -84,8 +85,8 @@ def test_half_precision_trains_samples_and_judges(
     result = cli("fit", "--config", path)
     assert result.returncode == 0, result.stderr
     assert "without a CUDA graph" not in result.stderr
-    figures = json.loads((tmp_path / "run" / "eval" / "epoch=0" / "metrics.json").read_text())
-    assert figures["num_prompts"] == 4
+    pairs = (tmp_path / "run" / "eval" / "epoch=0" / "pairs.jsonl").read_text().splitlines()
+    assert len(pairs) == 4
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["unshared", "shared"])
@@ -114,7 +115,10 @@ def test_packed_attention_is_as_near_to_float32_as_a_call_for_each_segment(
         with torch.autocast("cuda", torch.bfloat16):
             log_probs = completion_tokens(there, batch.to("cuda"), groups=groups).log_probs
         found = gradients_of(there, (log_probs * torch.linspace(-1, 2, len(log_probs), device="cuda")).sum())
-        assert len(calls) == 3, "once a layer, and never again"
+        if packed:
+            assert len(calls) % 3 == 0 < len(calls), "once a layer"
+            packed_calls = len(calls)
+        assert len(calls) == packed_calls
         errors[packed] = (float((log_probs.cpu() - exact).abs().max()), away(found, expected))
     print("packed, by segment:", errors)
     assert errors[True][0] < max(2 * errors[False][0], 0.02)
@@ -167,25 +171,10 @@ def test_reported_log_probs_are_those_of_a_forward_pass(dtype: torch.dtype) -> N
     assert difference.mean() < 0.05
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["SFTModule", "DPOModule", "RLOOModule"])
-def test_a_run_that_is_cut_and_resumed_is_the_one_left_alone(
-    method: str, config: Any, tmp_path: Path, cli: Cli
-) -> None:
-    """Bit for bit, where PyTorch is told to be deterministic."""
-    path = config(
-        method,
-        trainer={"accelerator": "gpu", "deterministic": True, "max_epochs": 3, "precision": "bf16-mixed"},
-        evaluation={"num_prompts": 0},
-    )
-    fit = ["fit", "--config", path, "--ckpt_path", "last"]
-    assert cli(*fit).returncode == 0
-    whole = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "run")
-    assert cli(*fit, "--trainer.max_epochs", "1").returncode == 0
-    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() != whole
-    assert cli(*fit).returncode == 0
-    assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == whole
+def test_two_kills_change_nothing(method: str) -> None:
+    """Bit for bit, in bfloat16, where PyTorch is told to be deterministic."""
+    assert_kills_change_nothing("--kills", "2", "--workers", "0", "--accelerator", "gpu", "--methods", method)
 
 
 @pytest.mark.filterwarnings("ignore")

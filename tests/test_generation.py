@@ -217,6 +217,18 @@ def test_greedy_equals_transformers_generate_on_the_real_vocabulary(real_qwen: A
         assert completions(ours)[row] == theirs[0, len(prompt) :].tolist()
 
 
+def test_a_seed_s_uniform_numbers_are_those_of_float32_under_any_default(model: PreTrainedModel) -> None:
+    """Lightning sets the default to the precision of a run, and bfloat16 has few numbers between 0 and 1."""
+    expected = drawn(model, PROMPTS, range(3))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = drawn(model, PROMPTS, range(3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.tokens.input_ids, expected.tokens.input_ids)
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
 def test_no_stop_token_comes_before_the_min_length(model: PreTrainedModel) -> None:
     """And the log-probs are those of the distribution without it."""
     stops = list(range(200))  # most of the vocabulary, so most samples would stop at once

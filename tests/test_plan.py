@@ -221,7 +221,10 @@ def test_a_plan_says_what_fits_and_what_would(config: Any, cli: Cli) -> None:
         (["--data.max_length", "3"], "none of the first rows"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(arguments: list[str], told: str, config: Any, cli: Cli) -> None:
+def test_what_cannot_be_planned_is_refused(
+    arguments: list[str], told: str, config: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(cli("plan", "--config", config("SFTModule"), *arguments), told)
 
 

@@ -27,7 +27,7 @@ def values(lines: list[dict[str, Any]], name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-@pytest.mark.parametrize(("precision", "most"), [("32-true", 1e-5), ("bf16-mixed", 0.05)])
+@pytest.mark.parametrize(("precision", "most"), [("32-true", 1e-5), ("bf16-mixed", 0.05), ("bf16-true", 0.05)])
 def test_the_drift_from_the_training_forward_is_rounding_at_the_precision_of_the_run(
     precision: str, most: float, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,8 @@ class Writer(FileSystemWriter):
 
     @override
     def finish(self, metadata: Metadata, results: Any) -> None:
+        # Before 2.12 torch writes a copy that has this, and gives the processes the one that lacks it.
+        metadata.storage_data = {part.index: part.storage_data for parts in results for part in parts}
         with as_disk_errors():
             super().finish(metadata, results)
 

@@ -1,6 +1,7 @@
 """Sampling completions: one free function, shared by RLOO and the evaluation."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,9 +91,9 @@ def sample_completions(
                 logits = logits.index_fill(-1, stops, -torch.inf)
             drawn, log_prob = draw_tokens(logits, uniforms[rows, step], **how)
             tokens[rows, step], log_probs[rows, step] = drawn, log_prob
-            ended |= torch.isin(drawn, stops)
             if on_tokens is not None:
-                on_tokens(rows, drawn)
+                on_tokens(rows[~ended], drawn[~ended])  # a row that has ended may still be here
+            ended |= torch.isin(drawn, stops)
             if step + 1 == max_completion_length or (leaves := _leaves(ended, step)) == len(rows):
                 break
             if leaves:
@@ -105,7 +106,8 @@ def sample_completions(
 
 def _uniforms(seeds: Sequence[int], count: int) -> Float[Tensor, "batch step"]:
     generator = torch.Generator()
-    return torch.stack([torch.rand(count, generator=generator.manual_seed(seed)) for seed in seeds])
+    draw = partial(torch.rand, count, dtype=torch.float32)  # whatever the default is: bfloat16 has 256 numbers in 0..1
+    return torch.stack([draw(generator=generator.manual_seed(seed)) for seed in seeds])
 
 
 def _leaves(ended: Bool[Tensor, " batch"], step: int) -> int:
