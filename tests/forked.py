@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # or asking for a GPU would keep the forked from it
 FORK = multiprocessing.get_context("fork")
 LIMIT_S = 120.0
 """No process takes as long. One that does hangs: it is ended, and says in its log where it was."""

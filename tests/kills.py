@@ -230,7 +230,6 @@ def main() -> int:
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank")
     parser.add_argument("--mixture", action="store_true", help="train on a mixture of two parts, for three epochs")
     parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
-    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="gpu: bfloat16, deterministic")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -243,7 +242,6 @@ def main() -> int:
                 kills = arguments.kills // len(arguments.workers)
                 options: dict[str, Any] = {"seed": arguments.seed, "workers": workers, "ranks": arguments.ranks}
                 options |= {"rank": arguments.lora, "mixture": arguments.mixture, "sharded": arguments.sharded}
-                options |= {"accelerator": arguments.accelerator}
                 found = kill_and_compare(Path(directory), method, kills=kills, **options)
                 print(f"{method:14} {workers:7} {found.kills:6} {found.runs:5} {found.equal:6}", flush=True)
                 failed = failed or bool(found.different)

@@ -5,6 +5,10 @@ import functools
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,11 @@ from lightning_modules.generation import decoders
 from lightning_modules.generation.family_decoder import FamilyDecoder
 from lightning_modules.generation.sampler import Samples, sample_completions
 from tests.command_line import Cli
+from tests.kills import command, difference, make_material
 from tests.test_decode import FAMILY, SMALL, made
-from tests.test_exact_resume import assert_kills_change_nothing
 from tests.test_fast_paths import GROUPS, ROWS, batch_of, weighted
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 PROMPTS = [torch.tensor(prompt) for prompt in ([5, 6, 7, 8, 9, 10], [11, 12], list(range(20, 60)))]
@@ -171,10 +176,23 @@ def test_reported_log_probs_are_those_of_a_forward_pass(dtype: torch.dtype) -> N
     assert difference.mean() < 0.05
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["SFTModule", "DPOModule", "RLOOModule"])
-def test_two_kills_change_nothing(method: str) -> None:
+def test_a_run_that_is_killed_and_resumed_is_the_one_left_alone(method: str, tmp_path: Path, cli: Cli) -> None:
     """Bit for bit, in bfloat16, where PyTorch is told to be deterministic."""
-    assert_kills_change_nothing("--kills", "2", "--workers", "0", "--accelerator", "gpu", "--methods", method)
+    make_material(tmp_path / "material")
+    assert cli(*command(tmp_path / "material", tmp_path / "alone", method, accelerator="gpu")).returncode == 0
+    arguments = command(tmp_path / "material", tmp_path / "killed", method, accelerator="gpu")
+    with (tmp_path / "log.txt").open("w") as log:
+        started = subprocess.Popen([sys.executable, "cli.py", *arguments], cwd=ROOT, stdout=log, stderr=log)
+    while started.poll() is None and len(list((tmp_path / "killed" / "checkpoints").glob("step=*.ckpt"))) < 3:
+        time.sleep(0.002)
+    started.kill()
+    assert started.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "killed" / "final").exists()
+    resumed = cli(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert difference(tmp_path / "alone", tmp_path / "killed") == ""
 
 
 @pytest.mark.filterwarnings("ignore")

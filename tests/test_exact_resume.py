@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 def assert_kills_change_nothing(*options: str) -> None:
     """In a process of its own, which has no threads when it forks."""
     command = [sys.executable, "-m", "tests.kills", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # no GPU outlives a fork
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr[-2000:]
 

@@ -62,7 +62,7 @@ def test_alone_the_work_is_done_and_its_error_raised() -> None:
 
 def in_a_process_of_its_own(module: str, *options: str) -> str:
     """Run a script that forks, which a process of pytest's must not; its table."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # no GPU outlives a fork
     command = [sys.executable, "-m", module, *options]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False
