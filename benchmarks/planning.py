@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from benchmarks.shapes import SHAPES, save_model
-from benchmarks.workloads import Size, make
+from benchmarks.workloads import MEAN_SFT_LENGTH, Size, make
 
 METHODS = ("sft", "reward", "dpo", "rloo")
 TASKS = {"sft": "conversations", "reward": "preferences", "dpo": "preferences", "rloo": "prompts"}
@@ -160,7 +160,9 @@ def main() -> None:
                 rows = scratch / "material" if name == "demo" else options.rows or folder
                 if rows == folder:
                     shape = SHAPES[name if name in SHAPES else "tiny"]
-                    make("dpo" if method != "sft" else "sft", shape, Size(), bytes_per_number=4).write(folder)
+                    count = options.steps * options.batch_size  # a run of one step has no optimiser in its forward pass
+                    size = Size(tokens=count * MEAN_SFT_LENGTH, pairs=count)
+                    make("dpo" if method != "sft" else "sft", shape, size, bytes_per_number=4).write(folder)
                 file = config(method, model.resolve(), rows.resolve(), folder, options)
                 told, took = plan(file), measured(file, options.device)
                 planned = told["peak"]["bytes"]
