@@ -47,6 +47,8 @@ class NemotronEvaluation(Callback):
         reference_model: Hub id or directory of the model to compare with; the starting policy where not given.
         dataset_name: Where the prompts come from: hub id, directory, or a file with ``messages`` or ``prompt``.
         split: Of a dataset with several.
+        columns: What the dataset calls the columns that have other names there: ``{prompt: question}``. Of the dataset
+            that is trained on it is ``data.columns`` that counts.
         num_prompts: How many prompts; 0 switches the evaluation off.
         max_prompt_length: Prompts of more tokens are passed over.
         max_completion_length: Longest completion in tokens.
@@ -67,6 +69,7 @@ class NemotronEvaluation(Callback):
         reference_model: str | None = None,
         dataset_name: str = "HuggingFaceH4/ultrafeedback_binarized",
         split: str = "test_prefs",
+        columns: dict[str, str] | None = None,
         num_prompts: int = 100,
         max_prompt_length: int = 1024,
         max_completion_length: int = 256,
@@ -83,6 +86,7 @@ class NemotronEvaluation(Callback):
         self.reference_model = reference_model
         self.dataset_name = dataset_name
         self.split = split
+        self.columns = columns
         self.num_prompts = num_prompts
         self.max_prompt_length = max_prompt_length
         self.decoding = Decoding(max_completion_length, temperature, top_p, seed)
@@ -134,6 +138,7 @@ class NemotronEvaluation(Callback):
                 tokenizer=pl_module.load_tokenizer(),
                 count=self.num_prompts,
                 max_length=self.max_prompt_length,
+                columns=self.columns,
                 held_out=data.prompt_rows(self.split) if data else None,
             )
             open_cache(trainer, self.cache_dir).close()

@@ -12,7 +12,7 @@ from datamodules.base import ChatDataModule
 from datamodules.encoders import ENCODERS, encode_text_rows
 from datamodules.encoding import Encoder
 from datamodules.formats import FORMATS, Read, Reader, Task, find_format
-from datamodules.source import load_rows, share, split_names
+from datamodules.source import load_rows, renamed, share, split_names
 
 HELD_OUT = "held-out"
 """What the share of the training rows is called that is held out."""
@@ -103,8 +103,7 @@ class CustomDataModule(ChatDataModule):
                 )
             held_out = split == self.validation_split
             rows = share(rows, self.validation_share, held_out=held_out, seed=self.split_seed)
-        taken = [name for name in self.columns if name in rows.column_names and name not in self.columns.values()]
-        return rows.remove_columns(taken).rename_columns({theirs: ours for ours, theirs in self.columns.items()})
+        return renamed(rows, self.columns)
 
     @override
     def reading(self, rows: Dataset) -> tuple[Encoder, Reader]:

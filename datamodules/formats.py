@@ -23,8 +23,13 @@ class Format(NamedTuple):
     readers: Mapping[Task, Reader]
 
 
-def find_format(columns: Sequence[str], *, source: str) -> Format:
+def find_format(columns: Sequence[str], *, source: str, option: str = "data.columns") -> Format:
     """The format that the columns are of.
+
+    Args:
+        columns: Their names.
+        source: What has them, for an error.
+        option: What renames them, for an error.
 
     Raises:
         ConfigurationError: If they are of none, with the columns and what to do.
@@ -43,7 +48,7 @@ def find_format(columns: Sequence[str], *, source: str) -> Format:
     raise ConfigurationError(
         f"{source} has the columns {list(columns)}, which are of no format: "
         f"{'; '.join(form.name for form in FORMATS)}. Rename them"
-        + (f", perhaps with data.columns {{{told}}}" if near else " with data.columns, or in the file")
+        + (f", perhaps with {option} {{{told}}}" if near else f" with {option}, or in the file")
     )
 
 

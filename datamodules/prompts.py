@@ -13,7 +13,7 @@ from datamodules.chat import encode_conversation
 from datamodules.formats import FORMATS, Reader, find_format
 from datamodules.messages import Message, UnusableRowError, flaw, uses_tools
 from datamodules.rendering import TemplateRefusalError
-from datamodules.source import load_rows
+from datamodules.source import load_rows, renamed
 
 OPTION = "evaluation.dataset_name"
 
@@ -52,6 +52,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     max_length: int,
+    columns: Mapping[str, str] | None = None,
     held_out: tuple[Dataset, Reader] | None = None,
 ) -> list[Prompt]:
     """The first ``count`` distinct prompts of a split that have at most ``max_length`` tokens.
@@ -62,12 +63,13 @@ def load_prompts(
         tokenizer: The policy's.
         count: How many at most.
         max_length: Of a prompt, in tokens.
+        columns: What the dataset calls columns that have other names there.
         held_out: Or the rows that training leaves out, where it is on the same dataset, and what reads them.
 
     Raises:
         ConfigurationError: If the dataset has no prompts, or none that can be used, with the reasons.
     """
-    rows, readers = (held_out[0], [held_out[1]]) if held_out else _prompt_rows(dataset_name, split)
+    rows, readers = (held_out[0], [held_out[1]]) if held_out else _prompt_rows(dataset_name, split, columns or {})
     prompts: list[Prompt] = []
     passed_over: Counter[str] = Counter()
     seen: set[str] = set()
@@ -110,10 +112,11 @@ def read_prompt(row: Mapping[str, Any], readers: Sequence[Reader]) -> tuple[Any,
     return None, reasons[0]
 
 
-def _prompt_rows(dataset_name: str, split: str) -> tuple[Dataset, list[Reader]]:
+def _prompt_rows(dataset_name: str, split: str, columns: Mapping[str, str]) -> tuple[Dataset, list[Reader]]:
     """The rows, and a reader for each format that they are of: a row may have nothing in the columns of one."""
-    rows = load_rows(dataset_name, split, columns=(), held_out=None, option=OPTION)
-    form = find_format(rows.column_names, source=dataset_name)
+    rows = load_rows(dataset_name, split, columns=list(columns.values()), held_out=None, option=OPTION)
+    rows = renamed(rows, columns)
+    form = find_format(rows.column_names, source=dataset_name, option="evaluation.columns")
     if "prompts" not in form.readers:
         raise ConfigurationError(f"{dataset_name} has rows of {form.name}, which hold no prompts; change {OPTION}")
     fitting = [form for form in FORMATS if set(form.columns) <= set(rows.column_names)]

@@ -65,6 +65,12 @@ def load_rows(
     return rows
 
 
+def renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """The rows with columns by other names, ``{ours: theirs}``; a column that had one of ours before gives way."""
+    taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
+    return rows.remove_columns(taken).rename_columns({theirs: ours for ours, theirs in columns.items()})
+
+
 def share(rows: Dataset, size: float, *, held_out: bool, seed: int = 0) -> Dataset:
     """The share of the rows that is held out, chosen at random, or the others."""
     return rows.train_test_split(test_size=size, seed=seed)["test" if held_out else "train"]

@@ -268,6 +268,21 @@ def test_columns_are_renamed_and_a_system_turn_added(tiny_model_dir: Path, tmp_p
     assert prompts[0].messages[0]["content"] == "Be kind."
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_prompts_of_the_evaluation_may_stand_in_a_column_of_any_name(config: Any, tmp_path: Path, cli: Cli) -> None:
+    rows = [{"question": f"q{i}", "answer": f"a{i}", "prompt": i} for i in range(5)]
+    path = config("SFTModule", evaluation={"dataset_name": write(tmp_path / "rows.csv", rows)})
+    assert cli("fit", "--config", path, "--evaluation.columns", "{prompt: question}").returncode == 0
+    pairs = (tmp_path / "run" / "eval" / "epoch=0" / "pairs.jsonl").read_text().splitlines()
+    asked = [json.loads(pair)["prompt"][0]["content"] for pair in pairs]
+    assert asked == [f"q{i}" for i in range(4)]
+    renamed = write(tmp_path / "others.csv", [{"question": "q"}])
+    wrong = ["--evaluation.dataset_name", renamed, "--overwrite", "true"]
+    assert_refused(cli("fit", "--config", path, *wrong), "perhaps with evaluation.columns {prompt: question}")
+    missing = [*wrong, "--evaluation.columns", "{prompt: nothing}"]
+    assert_refused(cli("fit", "--config", path, *missing), "lacks the columns ['nothing']")
+
+
 def test_plain_text_is_learned_whole_and_long_text_in_pieces(tiny_model_dir: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model_dir))
     name = write(tmp_path / "rows.jsonl", [{"text": letter * 9} for letter in "abcdef"] + [{"text": " "}])
