@@ -324,6 +324,9 @@ PLANTED = [
         "lightning_modules/generation/sampler.py", ", dtype=torch.float32)", ")", "tests/test_generation.py -k default"
     ),
     Mutant(
+        "datamodules/prompts.py", "renamed(rows, columns)", "renamed(rows, {})", "tests/test_custom_data.py -k any_name"
+    ),
+    Mutant(
         "lightning_modules/generation/sampler.py",
         "on_tokens(rows[~ended], drawn[~ended])",
         "on_tokens(rows, drawn)",

@@ -49,7 +49,7 @@ WRONG = [
     ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches must be at least 1, got 0"),
     ("--trainer.num_nodes 0", "trainer.num_nodes must be at least 1, got 0"),
     ("--trainer.check_val_every_n_epoch 0", "trainer.check_val_every_n_epoch must be at least 1, got 0"),
-    ("--trainer.limit_val_batches -1", "invalid value -1 for limit_val_batches"),
+    ("--trainer.limit_val_batches -1", "invalid value -1"),
     ("--trainer.max_time never", "not a valid duration"),
     ("--seed_everything -5", "seed_everything must be within 0..4294967295, got -5"),
     ("--data.num_workers -1", "data.num_workers must not be negative, got -1"),
