@@ -12,6 +12,9 @@ from torch.optim import AdamW, Optimizer
 from core.errors import ConfigurationError
 from lightning_modules.models.parts import local, whole
 
+MOST_UNMOVED = 0.5
+"""Beyond this share of weights that steps cannot move a run learns next to nothing, and nothing else would say so."""
+
 
 class OptimiserStep:
     """What an optimiser step has come to so far: the sum of its losses, and the number that their mean is over."""
@@ -69,6 +72,14 @@ def _flaw(total: Float[Tensor, ""], loss: Float[Tensor, ""], norm: Float[Tensor,
     return ""
 
 
+def unmoved(parameters: Sequence[Parameter], step: float) -> float:
+    """The share of the numbers in half precision among the parameters that a step leaves as they are, up and down."""
+    half = [local(parameter.detach()) for parameter in parameters if parameter.dtype.itemsize < 4]
+    count = sum(part.numel() for part in half)
+    stuck = sum(int(((part + step == part) & (part - step == part)).sum()) for part in half)
+    return stuck / count if count else 0.0
+
+
 def make_optimizer(
     trained: Sequence[Parameter],
     other: Callable[[Iterable[Any]], Optimizer] | None,
@@ -87,8 +98,14 @@ def make_optimizer(
         scaled: Whether gradients come from a gradient scaler.
 
     Raises:
-        ConfigurationError: If the other one does not take them.
+        ConfigurationError: If the other one does not take them, or AdamW's steps are less than most of them can take.
     """
+    if other is None and (share := unmoved(trained, learning_rate)) > MOST_UNMOVED:
+        raise ConfigurationError(
+            f"{share:.0%} of the weights would stay where they are: in half precision a step of model.learning_rate "
+            f"{learning_rate:g} is rounded away. Set trainer.precision bf16-mixed, which keeps them in float32, or "
+            "name a model.optimizer that rounds at random or keeps copies of its own"
+        )
     matrices, others = ([p for p in trained if (p.ndim >= 2) is decayed] for decayed in (True, False))
     groups = [
         {"params": parameters, "weight_decay": decay, "lr": learning_rate}

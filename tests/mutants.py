@@ -327,6 +327,18 @@ PLANTED = [
         "datamodules/prompts.py", "renamed(rows, columns)", "renamed(rows, {})", "tests/test_custom_data.py -k any_name"
     ),
     Mutant(
+        "lightning_modules/optimiser_step.py",
+        "(part + step == part) & (part - step == part)",
+        "part + step == part",
+        "tests/test_modules.py -k neighbours",
+    ),
+    Mutant(
+        "lightning_modules/optimiser_step.py",
+        "if other is None and (share",
+        "if (share",
+        "tests/test_modules.py -k cannot",
+    ),
+    Mutant(
         "lightning_modules/generation/sampler.py",
         "on_tokens(rows[~ended], drawn[~ended])",
         "on_tokens(rows, drawn)",

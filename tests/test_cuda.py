@@ -86,7 +86,8 @@ def test_a_run_ends_as_on_the_cpu(method: str, config: Any, tmp_path: Path, cli:
 def test_half_precision_trains_samples_and_judges(
     method: str, precision: str, config: Any, tmp_path: Path, cli: Cli
 ) -> None:
-    path = config(method, trainer={"accelerator": "gpu", "precision": precision, "log_every_n_steps": 1})
+    trainer = {"accelerator": "gpu", "precision": precision, "log_every_n_steps": 1}
+    path = config(method, model={"learning_rate": 0.05}, trainer=trainer)
     result = cli("fit", "--config", path)
     assert result.returncode == 0, result.stderr
     assert "without a CUDA graph" not in result.stderr

@@ -19,6 +19,8 @@ from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.messages import Message
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
 from lightning_modules.models.loading import load_causal_lm
+from lightning_modules.optimiser_step import unmoved
+from tests.command_line import Cli, assert_refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -456,6 +458,36 @@ def test_another_optimiser_has_the_learning_rate_and_weight_decay_of_the_model(t
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert {group["initial_lr"] for group in optimizer.param_groups} == {0.3}
     assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "share"),
+    [
+        (1.0, 2**-9, 1.0),  # down is a half of the distance there: to the even neighbour, which is 1
+        (1.0, 2**-8, 0.0),
+        (-0.02, 1e-5, 1.0),
+        (-0.02, 1e-3, 0.0),
+        (0.0, 1e-9, 0.0),
+    ],
+)
+def test_a_step_moves_a_number_that_has_neighbours_near_enough(value: float, step: float, share: float) -> None:
+    half, single = (torch.nn.Parameter(torch.full((3,), value, dtype=kind)) for kind in (torch.bfloat16, torch.float32))
+    assert unmoved([half, single], step) == share
+    moved = half.detach() - step
+    assert bool((moved == half).all()) == (share == 1.0)
+    assert unmoved([single], step) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_run_that_cannot_move_its_weights_is_refused(precision: str, config: Any, tmp_path: Path, cli: Cli) -> None:
+    path = config("SFTModule", trainer={"precision": precision}, evaluation={"num_prompts": 0})
+    refused = cli("fit", "--config", path)
+    assert_refused(refused, r"of the weights would stay where they are: in half precision a step of")
+    assert "trainer.precision bf16-mixed" in refused.stderr
+    assert not (tmp_path / "run" / "final").exists()
+    assert cli("fit", "--config", path, "--model.learning_rate", "0.05").returncode == 0
+    assert cli("fit", "--config", path, "--model.optimizer", "torch.optim.SGD", "--overwrite", "true").returncode == 0
 
 
 @pytest.mark.filterwarnings("ignore")
