@@ -15,6 +15,7 @@ from commands.planning.memory import peak
 from commands.planning.plan import Plan, device_of, planned
 from commands.planning.work import disk_bytes
 from core.errors import ConfigurationError
+from core.memory import available_bytes
 from core.text import shown
 
 GB = 1e9
@@ -46,9 +47,7 @@ def memory_at_hand(device: str) -> float:
         return float(min(torch.cuda.get_device_properties(card).total_memory for card in cards))
     if device == "cuda":
         raise ConfigurationError("torch sees no GPU here: say how much memory the GPU to plan for has (--memory 24)")
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return float("inf") if free is None else float(free)
+    return available_bytes()
 
 
 def show(console: Console, settings: Configured, plan: Plan, device: str, available: float) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
+MEMINFO = Path("/proc/meminfo")
+GROUPS = Path("/proc/self/cgroup")
+GROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class PeakMemory:
@@ -34,6 +37,31 @@ def resident(field: str) -> int:
     """Bytes that the kernel has under the field; 0 where there is no such file."""
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def available_bytes() -> float:
+    """What processes of this machine may still take of its memory, or of their control group's; no limit if unknown."""
+    lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
+    free = next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")), math.inf)
+    return min([free, *_left_to_groups()])
+
+
+def _left_to_groups() -> list[float]:
+    """What each control group with a limit, as SLURM and containers set them, has left; files it has read can go."""
+    found = []
+    lines = GROUPS.read_text().splitlines() if GROUPS.is_file() else []
+    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), None)
+    folder = None if own is None else GROUP_ROOT / own
+    while folder is not None and folder.is_relative_to(GROUP_ROOT):
+        try:
+            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            files = (folder / "memory.stat").read_text().partition("inactive_file ")[2].split("\n")[0]
+            if limit != "max":
+                found.append(float(int(limit) - int(used) + int(files or 0)))
+        except (OSError, ValueError):
+            pass  # a group without limits, or one that is not ours to read
+        folder = folder.parent
+    return found
 
 
 def free_bytes(device: Any) -> float:

@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from datamodules.formats import Task
 from lightning_modules.adapted import AdaptedModule, global_seed
 from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.loading import Quantization, load_causal_lm, load_config, recompute_activations
-from lightning_modules.models.sharding import Sharding, shard
+from lightning_modules.models.sharding import Sharding, shard, turn_to_load
 from lightning_modules.optimiser_step import OptimiserStep, make_optimizer
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
@@ -125,13 +126,15 @@ class FineTuningModule(AdaptedModule):
         if hasattr(self, "model"):
             return
         self.tokenizer = self.load_tokenizer()
-        self.model = self.load_model()
-        if self.gradient_checkpointing:
-            recompute_activations(self.model, adapted=self.lora is not None)
-        if self.compile_model:
-            self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
-        if self.sharding is not None:
-            shard(self.model, self.sharding)
+        sharding, processes = self.sharding, getattr(self._trainer, "num_devices", 1)
+        with turn_to_load(self.loaded_name, processes=processes) if sharding else nullcontext():
+            self.model = self.load_model()
+            if self.gradient_checkpointing:
+                recompute_activations(self.model, adapted=self.lora is not None)
+            if self.compile_model:
+                self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
+            if sharding is not None:
+                shard(self.model, sharding)
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.
         buffers = [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, buffers)

@@ -91,6 +91,7 @@ class DPOModule(FineTuningModule):
         self.reference = make_reference(
             reference_model,
             adapted=self.lora is not None,
+            name=self.model_name,
             start=lambda: load_causal_lm(self.model_name, self.tokenizer),
             tokenizer=lambda: self.tokenizer,
         )

@@ -116,14 +116,27 @@ class RLOOModule(FineTuningModule):
 
     @override
     def load_model(self) -> PreTrainedModel:
-        policy = without_dropout(super().load_model())
+        load = super().load_model
+        policy = without_dropout(load())
         if self.beta:
             adapted = self.lora is not None
-            start = policy if adapted else copy.deepcopy(policy)
+            # Of a model that is to be sharded no second copy beside the first: the memory may not hold both.
+            kept = None if adapted or self.sharding is not None else copy.deepcopy(policy)
             self.reference = make_reference(
-                self.reference_model, adapted=adapted, start=lambda: start, tokenizer=lambda: self.tokenizer
+                self.reference_model,
+                adapted=adapted,
+                name=self.loaded_name,
+                start=lambda: load() if kept is None else kept,
+                tokenizer=lambda: self.tokenizer,
             )
         return policy
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.beta and self.sharding is not None:
+            with self.reference.beside(self.model):
+                pass  # it is loaded now, while no other process waits within a step
 
     @override
     def longest_sequence(self, data: LightningDataModule | None) -> int:

@@ -34,7 +34,8 @@ def figures(
 
     def judged() -> int:
         room = mock.patch("lightning_modules.models.sharding.free_bytes", return_value=0.0 if cramped else math.inf)
-        with comparable(), room:
+        memory = mock.patch("core.turns.available_bytes", return_value=1.0 if cramped else math.inf)
+        with comparable(), room, memory:
             return cli_main(arguments)
 
     log = directory / "log.txt"
@@ -52,7 +53,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(1, 10)))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--sharded", action="store_true", help="have the ranks share the weights too")
-    parser.add_argument("--cramped", action="store_true", help="let no process have room for a copy of the whole")
+    parser.add_argument(
+        "--cramped", action="store_true", help="have no room for a copy of the whole, nor for two to load"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = False

@@ -14,7 +14,7 @@ from lightning_modules.forward.completions import KL_TENSORS
 from lightning_modules.functional.head import CHUNK_BYTES
 from lightning_modules.generation.family_decoder import BLOCK
 from lightning_modules.models.adapter_files import base_of
-from lightning_modules.models.loading import load_config
+from lightning_modules.models.loading import load_config, without_weights
 from lightning_modules.optimiser_step import make_optimizer
 from lightning_modules.rewards import ModelReward
 from lightning_modules.rloo import RLOOModule
@@ -147,11 +147,10 @@ class Account:
         return parts
 
     def loading(self) -> Moment:
-        """The files beside the weights that are made of them."""
-        copies = 2 if isinstance(self.module, RLOOModule) and self.reference.all else 1
+        """The files beside the weights that are made of them; processes that share a model load it in turns."""
+        copies = 2 if isinstance(self.module, RLOOModule) and self.reference.all and self.run.shards == 1 else 1
         files = Size(file_bytes(self.module.loaded_name))
-        copies *= self.run.shards if self.run.device == "cpu" else 1  # each process loads all, in the machine's memory
-        return Moment("loading", {"weights": self.weights.times(copies), "files": files})
+        return Moment("loading", {"weights": self.policy_bytes().times(copies), "files": files})
 
     def forward(self) -> Moment:
         """The forward pass at its largest, and an online reference's pass behind it."""
@@ -256,11 +255,7 @@ class Account:
 
 def parameters(model_name: str, *, option: str = "model.model_name") -> Size:
     """Weights of a model, counted without any; the option is named where there is no such model."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(model_name, option=option))
-    return added([counted(parameter) for parameter in model.parameters()])
+    return added([counted(parameter) for parameter in without_weights(model_name, option=option).parameters()])
 
 
 def reward_bytes(reward: Any) -> Size:

@@ -48,6 +48,17 @@ def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
     return config
 
 
+def without_weights(model_name: str, *, option: str = "model.model_name") -> Any:
+    """The model on the meta device, where tensors have sizes and no content."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(model_name, option=option))
+
+
+def float32_bytes(model_name: str, *, option: str = "model.model_name") -> int:
+    """What all weights take as they are loaded, from the model's configuration."""
+    return 4 * int(sum(parameter.numel() for parameter in without_weights(model_name, option=option).parameters()))
+
+
 def check_directory(directory: Path, *, option: str) -> None:
     """Raise a ConfigurationError where a folder is no model's, or its index names weights that lie elsewhere."""
     if not (directory / "config.json").is_file():

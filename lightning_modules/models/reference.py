@@ -1,7 +1,7 @@
 """What a policy is compared with while it trains: a frozen model, or the policy itself as it was."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_modules.models.adapters import at_start
 from lightning_modules.models.loading import load_causal_lm, without_dropout
-from lightning_modules.models.sharding import shard, sharding_of
+from lightning_modules.models.sharding import shard, sharding_of, turn_to_load
 
 
 @runtime_checkable
@@ -29,10 +29,14 @@ class FrozenReference(Reference):
 
     Args:
         load: Gives the model when it is first asked for, and again after it was freed.
+        name: Its hub id or directory.
+        option: The option that names it.
     """
 
-    def __init__(self, load: Callable[[], PreTrainedModel]) -> None:
+    def __init__(self, load: Callable[[], PreTrainedModel], name: str, *, option: str = "model.model_name") -> None:
         self._load = load
+        self._name = name
+        self._option = option
         self._model: Any = None
 
     @override
@@ -41,9 +45,10 @@ class FrozenReference(Reference):
         with torch.inference_mode(False):  # in a validation its weights would become inference tensors for good
             sharding = sharding_of(policy)
             if self._model is None:
-                self._model = without_dropout(self._load()).eval().requires_grad_(False)
-                if sharding is not None:
-                    shard(self._model, sharding)
+                with turn_to_load(self._name, option=self._option) if sharding else nullcontext():
+                    self._model = without_dropout(self._load()).eval().requires_grad_(False)
+                    if sharding is not None:
+                        shard(self._model, sharding)
             if sharding is None:
                 self._model.to(device=policy.device, dtype=policy.dtype)
         yield self._model
@@ -71,6 +76,7 @@ def make_reference(
     reference_model: str | None,
     *,
     adapted: bool,
+    name: str,
     start: Callable[[], PreTrainedModel],
     tokenizer: Callable[[], PreTrainedTokenizerBase],
 ) -> Reference:
@@ -79,9 +85,13 @@ def make_reference(
     Args:
         reference_model: Hub id or directory; None for the starting policy.
         adapted: Whether the policy has an adapter.
+        name: Hub id or directory of the starting policy.
         start: Gives the policy as it was loaded.
         tokenizer: Gives the policy's.
     """
     if reference_model is not None:
-        return FrozenReference(lambda: load_causal_lm(reference_model, tokenizer(), option="model.reference_model"))
-    return PolicyAtStart() if adapted else FrozenReference(start)
+        option = "model.reference_model"
+        return FrozenReference(
+            lambda: load_causal_lm(reference_model, tokenizer(), option=option), reference_model, option=option
+        )
+    return PolicyAtStart() if adapted else FrozenReference(start, name)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -21,7 +21,12 @@ from transformers import PreTrainedModel
 
 from core.errors import ConfigurationError
 from core.memory import free_bytes
+from core.turns import in_turn
 from lightning_modules.models.adapters import merged_weights
+from lightning_modules.models.loading import float32_bytes
+
+WHILE_LOADED = 1.1
+"""What a process takes while it loads a model, over the model's float32 weights."""
 
 
 class Sharding(NamedTuple):
@@ -59,6 +64,23 @@ def shard(model: PreTrainedModel, sharding: Sharding) -> None:
         fully_shard(score, mesh=mesh)  # in float32, as half precision would round the scores
     fully_shard(model, mesh=mesh, mp_policy=precision)
     _KNOWN[model] = sharding
+
+
+@contextmanager
+def turn_to_load(model_name: str, *, option: str = "model.model_name", processes: int = 1) -> Iterator[None]:
+    """While a model is loaded, and until it is sharded: as many processes at once as the machine has room for.
+
+    Args:
+        model_name: Its hub id or directory.
+        option: The option to name in an error.
+        processes: How many of the run are on this machine; that they take turns is said where they do.
+    """
+    needed = WHILE_LOADED * float32_bytes(model_name, option=option)
+    with in_turn(needed) as count:
+        if count < processes:
+            each = f"{count} at a time, as it takes {needed / 1e9:.1f} GB of the machine's memory"
+            rank_zero_info(f"{processes} processes load {model_name} in turns, {each}")
+        yield
 
 
 def sharding_of(model: nn.Module) -> Sharding | None:

@@ -1,0 +1,97 @@
+"""Processes that load in turns, and what the machine has left for them."""
+
+import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from core import memory, turns
+
+HOLDS = """
+import sys, time
+from core import turns
+turns.NAME, turns.available_bytes = sys.argv[1].replace("@", chr(0)), lambda: 1.0
+with turns.in_turn(1.0):
+    print("here", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Of turns that nobody else takes."""
+    own = f"@{tmp_path.name}-{time.monotonic_ns()}-{{number}}"
+    monkeypatch.setattr(turns, "NAME", own.replace("@", "\0"))
+    return own
+
+
+@pytest.mark.parametrize(("room", "most"), [(0.5, 1), (1.9, 1), (2.0, 2), (9.0, 4), (math.inf, 4)])
+@pytest.mark.usefixtures("name")
+def test_as_many_are_at_it_as_there_is_room_for(room: float, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "available_bytes", lambda: room * 100)
+    monkeypatch.setattr(turns, "POLL_S", 0.005)
+    here, seen, lock = [0], [], threading.Lock()
+
+    def work() -> None:
+        with turns.in_turn(100.0) as count:
+            assert count >= most
+            with lock:
+                here[0] += 1
+                seen.append(here[0])
+            time.sleep(0.1)
+            with lock:
+                here[0] -= 1
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert max(seen) == most
+    assert len(seen) == 4
+
+
+def test_a_process_that_is_killed_gives_up_its_turn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "available_bytes", lambda: 1.0)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, name], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "here\n"
+    assert turns._take(1) is None
+    holder.kill()
+    holder.communicate()
+    with turns.in_turn(1.0) as count:
+        assert count == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({}, 8_000 * 1024),
+        ({"": (5_000, 3_000, 500)}, 2_500),
+        ({"": ("max", 1, 0)}, 8_000 * 1024),
+        ({"job": (5_000, 3_000, 500), "job/step": (9_000, 1_000, 0)}, 2_500),
+        ({"other": (10, 9, 0)}, 8_000 * 1024),
+    ],
+)
+def test_what_is_left_is_the_machines_or_that_of_the_group_with_least(
+    limits: dict[str, tuple[object, int, int]], left: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "cgroup").write_text("1:cpu:/elsewhere\n0::/job/step\n")
+    for group, (limit, used, files) in limits.items():
+        folder = tmp_path / "groups" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {files}\nactive_file 3\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "GROUP_ROOT", tmp_path / "groups")
+    assert memory.available_bytes() == left
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "none")
+    assert memory.available_bytes() == math.inf
