@@ -28,7 +28,10 @@ class StandardError:
         sys.stderr.flush()
 
 
-NOISE = ("litlogger", "TPU", "estimate number", "`weights_only` was not set", "distributed_backend=", "LOAD REPORT")
+NOISE = (
+    *("litlogger", "TPU", "Tensor Cores", "CUDA_VISIBLE_DEVICES:", "estimate number", "LOAD REPORT"),
+    *("`weights_only` was not set", "distributed_backend="),
+)
 
 
 def is_told(record: logging.LogRecord) -> bool:

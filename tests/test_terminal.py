@@ -1,6 +1,7 @@
 """What a person sees who runs a command in a terminal."""
 
 import fcntl
+import logging
 import os
 import pty
 import re
@@ -21,6 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.logging.displays import described
 from callbacks.logging.line_progress import LineProgress, figures
 from callbacks.logging.terminal_progress import TerminalProgress
+from commands.quiet import quieten
 from core.progress import Display, bar
 from core.terminal import fitted
 from datamodules.batches import PromptBatch
@@ -229,3 +231,19 @@ def test_the_pipeline_s_script_says_what_it_does_and_starts_nothing_by_a_wrong_n
     wrong = run_all("demoo")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: no command 'demoo'; there are ./run_all.sh, which takes hours, and")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "told"),
+    [
+        ("lightning.pytorch.accelerators.cuda", "LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]", False),
+        ("lightning.pytorch.utilities.rank_zero", "a CUDA device ('NVIDIA H200') that has Tensor Cores. To", False),
+        ("lightning.pytorch.utilities.rank_zero", "GPU available: True (cuda), used: True", True),
+    ],
+)
+def test_of_a_gpu_only_that_it_is_used_is_told(
+    name: str, line: str, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quieten()
+    logging.getLogger(name).info(line)
+    assert (line in capsys.readouterr().err) == told
