@@ -143,7 +143,7 @@ def test_replayed_steps_draw_what_the_cpu_draws(name: str) -> None:
     torch.testing.assert_close(found.log_probs.cpu(), expected.log_probs, atol=1e-3, rtol=1e-3)
 
 
-def test_steps_are_captured_and_give_the_logits_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_captured_and_give_the_logits_of_transformers() -> None:
     model = on_gpu(made(FAMILY["Qwen2, tied"]))
     both = [
         FamilyDecoder(model, PROMPTS, samples_per_prompt=2, max_completion_length=200),
