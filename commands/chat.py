@@ -86,8 +86,8 @@ class Speaker:
         self.messages.append({"role": "user", "content": question})
         ids: list[int] = []
 
-        def add(_rows: Tensor, drawn: Tensor) -> None:
-            ids.extend(drawn.tolist())
+        def add(_rows: Tensor, drawn: Tensor, further: Tensor) -> None:
+            ids.extend(drawn[further].tolist())
             on_text(self._text(ids))
 
         try:

@@ -343,10 +343,11 @@ PLANTED = [
     ),
     Mutant(
         "lightning_modules/generation/sampler.py",
-        "on_tokens(rows[~ended], drawn[~ended])",
-        "on_tokens(rows, drawn)",
+        "on_tokens(rows, drawn, ~ended)",
+        "on_tokens(rows, drawn, ended == ended)",
         "tests/test_chat_command.py -k further",
     ),
+    Mutant("commands/chat.py", "drawn[further].tolist()", "drawn.tolist()", "tests/test_chat_command.py -k stop"),
     Mutant(
         "callbacks/checkpoints/sharded_checkpoint.py",
         "metadata.storage_data = {part.index: part.storage_data for parts in results for part in parts}",

@@ -43,8 +43,8 @@ def test_every_step_tells_which_samples_have_a_further_token(
         monkeypatch.setattr(sampler, "_leaves", lambda ended, step: 0)
     told: dict[int, list[int]] = {0: [], 1: [], 2: []}
 
-    def add(rows: Tensor, tokens: Tensor) -> None:
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+    def add(rows: Tensor, tokens: Tensor, further: Tensor) -> None:
+        for row, token in zip(rows[further].tolist(), tokens[further].tolist(), strict=True):
             told[row].append(token)
 
     samples = sample_completions(
@@ -58,6 +58,19 @@ def test_every_step_tells_which_samples_have_a_further_token(
     for row in range(3):
         assert told[row] == samples.tokens.input_ids[row][samples.tokens.completion_mask[row]].tolist()
     assert len({len(tokens) for tokens in told.values()}) > 1
+
+
+def test_what_is_drawn_behind_the_stop_is_no_part_of_an_answer(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.chat.stop_token_ids", lambda tokenizer: list(range(100)))
+    speaker = Speaker("tiny", str(tiny_model_dir), Settings(1.0, 40, 42))
+    expected = [speaker.answer("Hi", lambda text: None)]
+    assert len(expected[0]) < 40
+    monkeypatch.setattr(sampler, "_leaves", lambda ended, step: 0)
+    again = Speaker("tiny", str(tiny_model_dir), Settings(1.0, 40, 42))
+    assert [again.answer("Hi", lambda text: None)] == expected
+    assert again.messages[-1]["content"] == expected[0]
 
 
 def test_an_answer_grows_and_the_next_one_knows_what_was_said(speaker: Speaker) -> None:

@@ -51,7 +51,7 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int = 0,
     min_length: int = 0,
-    on_tokens: Callable[[Int[Tensor, " row"], Int[Tensor, " row"]], None] | None = None,
+    on_tokens: Callable[[Int[Tensor, " row"], Int[Tensor, " row"], Bool[Tensor, " row"]], None] | None = None,
 ) -> Samples:
     """Complete each prompt, up to a stop token or the length limit.
 
@@ -71,7 +71,8 @@ def sample_completions(
         top_p: Sample from the smallest set of likeliest tokens that holds this probability.
         top_k: Sample from so many likeliest tokens; 0 for all.
         min_length: No stop token is among a completion's first so many tokens.
-        on_tokens: Told after each step which samples have a further token, and the tokens; what it raises ends all.
+        on_tokens: Told after each step the samples at hand, a token of each, and of which it is a further one, as on an
+            accelerator one may stay that has ended; what it raises ends all.
     """
     stops = torch.tensor([token for token in stop_token_ids if token < model.config.vocab_size], dtype=torch.long)
     pad_token_id = int(stops[0]) if len(stops) else 0
@@ -92,7 +93,7 @@ def sample_completions(
             drawn, log_prob = draw_tokens(logits, uniforms[rows, step], **how)
             tokens[rows, step], log_probs[rows, step] = drawn, log_prob
             if on_tokens is not None:
-                on_tokens(rows[~ended], drawn[~ended])  # a row that has ended may still be here
+                on_tokens(rows, drawn, ~ended)
             ended |= torch.isin(drawn, stops)
             if step + 1 == max_completion_length or (leaves := _leaves(ended, step)) == len(rows):
                 break
