@@ -3,7 +3,7 @@
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from core.memory import available_bytes
@@ -14,7 +14,7 @@ NAME = "\0fine-tuning-turn-{number}"
 
 
 @contextmanager
-def in_turn(needed: float) -> Iterator[int]:
+def in_turn(needed: float, on_wait: Callable[[], None] = lambda: None) -> Iterator[int]:
     """Wait until so few others of the machine are at it that the memory holds what all of them need.
 
     Whoever comes while there is room for all waits for nobody. Where the system does not say what it has free, or has
@@ -22,6 +22,7 @@ def in_turn(needed: float) -> Iterator[int]:
 
     Args:
         needed: Bytes, while the turn lasts.
+        on_wait: Called once by whoever has to wait.
 
     Yields:
         How many may be at it at once.
@@ -31,8 +32,12 @@ def in_turn(needed: float) -> Iterator[int]:
         yield sys.maxsize
         return
     count = max(1, int(room))
-    while (taken := _take(count)) is None:
+    taken = _take(count)
+    if taken is None:
+        on_wait()
+    while taken is None:
         time.sleep(POLL_S)
+        taken = _take(count)
     with taken:
         yield count
 

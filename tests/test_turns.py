@@ -34,15 +34,16 @@ def name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 def test_as_many_are_at_it_as_there_is_room_for(room: float, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "available_bytes", lambda: room * 100)
     monkeypatch.setattr(turns, "POLL_S", 0.005)
-    here, seen, lock = [0], [], threading.Lock()
+    here, seen, waited, lock = [0], list[int](), list[int](), threading.Lock()
 
     def work() -> None:
-        with turns.in_turn(100.0) as count:
+        with turns.in_turn(100.0, lambda: waited.append(1)) as count:
             assert count >= most
             with lock:
                 here[0] += 1
                 seen.append(here[0])
-            time.sleep(0.1)
+            while len(seen) + len(waited) < 4:  # until each is here or has been made to wait
+                time.sleep(0.001)
             with lock:
                 here[0] -= 1
 
@@ -53,6 +54,7 @@ def test_as_many_are_at_it_as_there_is_room_for(room: float, most: int, monkeypa
         worker.join()
     assert max(seen) == most
     assert len(seen) == 4
+    assert len(waited) == 4 - most
 
 
 def test_a_process_that_is_killed_gives_up_its_turn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,8 @@ def turn_to_load(model_name: str, *, option: str = "model.model_name", processes
         processes: How many of the run are on this machine; that they take turns is said where they do.
     """
     needed = WHILE_LOADED * float32_bytes(model_name, option=option)
-    with in_turn(needed) as count:
+    waits = f"waiting to load {model_name}: other processes of this machine load what its memory has room for"
+    with in_turn(needed, lambda: rank_zero_info(waits)) as count:
         if count < processes:
             each = f"{count} at a time, as it takes {needed / 1e9:.1f} GB of the machine's memory"
             rank_zero_info(f"{processes} processes load {model_name} in turns, {each}")
