@@ -1,6 +1,7 @@
 """How much memory this process has taken at most since it was first asked, and what a device has left."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,26 @@ def available_bytes() -> float:
 def _left_to_groups() -> list[float]:
     """What each control group with a limit, as SLURM and containers set them, has left; files it has read can go."""
     found = []
-    lines = GROUPS.read_text().splitlines() if GROUPS.is_file() else []
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), None)
-    folder = None if own is None else GROUP_ROOT / own
-    while folder is not None and folder.is_relative_to(GROUP_ROOT):
-        try:
-            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-            files = (folder / "memory.stat").read_text().partition("inactive_file ")[2].split("\n")[0]
-            if limit != "max":
-                found.append(float(int(limit) - int(used) + int(files or 0)))
-        except (OSError, ValueError):
-            pass  # a group without limits, or one that is not ours to read
-        folder = folder.parent
+    for line in GROUPS.read_text().splitlines() if GROUPS.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names, key = GROUP_ROOT, ("memory.max", "memory.current"), "inactive_file "
+        elif "memory" in controllers.split(","):  # of the first version of control groups
+            root, names = GROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            key = "total_inactive_file "
+        else:
+            continue
+        folder = root / path.strip("/")
+        while folder.is_relative_to(root):
+            with suppress(OSError, ValueError):  # a group without a limit, or one that is not ours to read
+                limit, used = (int((folder / name).read_text()) for name in names)
+                files = next(
+                    int(line.removeprefix(key))
+                    for line in (folder / "memory.stat").read_text().splitlines()
+                    if line.startswith(key)
+                )
+                found.append(float(limit - used + files))
+            folder = folder.parent
     return found
 
 

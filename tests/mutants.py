@@ -327,7 +327,7 @@ PLANTED = [
         "datamodules/prompts.py", "renamed(rows, columns)", "renamed(rows, {})", "tests/test_custom_data.py -k any_name"
     ),
     Mutant("core/turns.py", "max(1, int(room))", "max(1, round(room))", "tests/test_turns.py -k room"),
-    Mutant("core/memory.py", " + int(files or 0)", "", "tests/test_turns.py -k left"),
+    Mutant("core/memory.py", "limit - used + files", "limit - used", "tests/test_turns.py -k left"),
     Mutant("core/memory.py", "folder = folder.parent", "folder = None", "tests/test_turns.py -k left"),
     Mutant(
         "lightning_modules/optimiser_step.py",

@@ -69,6 +69,7 @@ def test_a_process_that_is_killed_gives_up_its_turn(name: str, monkeypatch: pyte
         assert count == 1
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     ("limits", "left"),
     [
@@ -80,16 +81,22 @@ def test_a_process_that_is_killed_gives_up_its_turn(name: str, monkeypatch: pyte
     ],
 )
 def test_what_is_left_is_the_machines_or_that_of_the_group_with_least(
-    limits: dict[str, tuple[object, int, int]], left: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    limits: dict[str, tuple[object, int, int]],
+    left: float,
+    version: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    names = ("max", "current", "") if version == 2 else ("limit_in_bytes", "usage_in_bytes", "total_")
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
-    (tmp_path / "cgroup").write_text("1:cpu:/elsewhere\n0::/job/step\n")
+    first = "/elsewhere" if version == 2 else "/job/step"
+    (tmp_path / "cgroup").write_text(f"2:cpu:/job\n4:memory:{first}\n0::/{'job/step' if version == 2 else ''}\n")
     for group, (limit, used, files) in limits.items():
-        folder = tmp_path / "groups" / group
+        folder = tmp_path / "groups" / ("" if version == 2 else "memory") / group
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text(f"{limit}\n")
-        (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {files}\nactive_file 3\n")
+        (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
+        (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{names[2]}inactive_file {files}\nactive_file 3\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(memory, "GROUP_ROOT", tmp_path / "groups")
