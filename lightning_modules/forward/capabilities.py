@@ -13,7 +13,7 @@ from datamodules.batches import TokenBatch, pad
 from lightning_modules.forward import attention
 from lightning_modules.forward.layout import flatten, model_inputs, position_ids
 from lightning_modules.generation.modes import evaluating
-from lightning_modules.models.sharding import run
+from lightning_modules.models.sharding import plain_class, run
 
 
 class Capabilities(NamedTuple):
@@ -41,7 +41,7 @@ def capabilities(model: PreTrainedModel) -> Capabilities:
 
 
 def _longest_flat_row(model: PreTrainedModel) -> float:
-    name = type(model).__name__
+    name = plain_class(model).__name__
     config: Any = model.config.get_text_config()
     if getattr(model.base_model, "_compiled_call_impl", None) is not None:
         rank_zero_info(f"{name}: batches stay padded, as flat ones would be compiled again and again")
