@@ -326,6 +326,18 @@ PLANTED = [
     Mutant(
         "datamodules/prompts.py", "renamed(rows, columns)", "renamed(rows, {})", "tests/test_custom_data.py -k any_name"
     ),
+    Mutant(
+        "lightning_modules/generation/family_decoder.py",
+        "places = (steps < own)",
+        "places = (steps <= own)",
+        "tests/test_decode.py -k together",
+    ),
+    Mutant(
+        "lightning_modules/generation/family_decoder.py",
+        "(first + group.numbers) * self.samples_per_prompt + sample",
+        "first + group.numbers + sample * len(prompts)",
+        "tests/test_decode.py -k together",
+    ),
     Mutant("core/turns.py", "max(1, int(room))", "max(1, round(room))", "tests/test_turns.py -k room"),
     Mutant("core/memory.py", "limit - used + files", "limit - used", "tests/test_turns.py -k left"),
     Mutant("core/memory.py", "folder = folder.parent", "folder = None", "tests/test_turns.py -k left"),

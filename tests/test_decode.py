@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 from lightning_modules.generation.decoders import TransformersDecoder, decoder, decodes
-from lightning_modules.generation.family_decoder import FamilyDecoder
+from lightning_modules.generation.family_decoder import FamilyDecoder, of_like_length
 from lightning_modules.generation.projections import packs, projection
 
 SMALL = {
@@ -109,6 +111,31 @@ def test_a_decode_step_equals_the_forward_over_the_whole_row(name: str) -> None:
             tokens = logits.argmax(-1)
             rows = [torch.cat([ids, token.view(1)]) for ids, token in zip(rows, tokens, strict=True)]
             logits = decoding.step(tokens)
+
+
+@pytest.mark.parametrize("name", ["Qwen2, tied", "Llama with biases"])
+def test_prompts_read_together_as_on_a_gpu_are_those_read_one_by_one(name: str) -> None:
+    model = made(FAMILY[name])
+    rows = prompts(3, 126, 5, 140, 1, 64, 5)
+    assert len(of_like_length([len(row) for row in rows])) > 1
+    alone, together = (FamilyDecoder(model, rows, samples_per_prompt=2, max_completion_length=8) for _ in range(2))
+    with torch.no_grad():
+        found = [alone.start(), together._read(0, rows).repeat_interleave(2, dim=0)]
+        for _ in range(4):
+            torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+            tokens = found[0].topk(len(found[0])).indices.diagonal()  # so that samples of one prompt part
+            found = [decoding.step(tokens) for decoding in (alone, together)]
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40))
+def test_prompts_of_a_group_are_at_most_half_padding(lengths: list[int]) -> None:
+    groups = of_like_length(lengths)
+    assert sorted(number for group in groups for number in group) == list(range(len(lengths)))
+    for group in groups:
+        own = [lengths[number] for number in group]
+        assert len(own) * max(own) <= 2 * sum(own)
+    if max(lengths) <= 2 * min(lengths):
+        assert len(groups) == 1
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "Llama"])

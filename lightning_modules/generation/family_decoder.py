@@ -84,18 +84,21 @@ class FamilyDecoder:
         return torch.cat(parts).repeat_interleave(self.samples_per_prompt, dim=0)
 
     def _read(self, first: int, prompts: Sequence[Tensor]) -> Float[Tensor, "prompt vocab"]:
-        """Prompts laid end to end, attention within each."""
+        """Prompts laid end to end, attention within each; those of like length attend in one call."""
         lengths = [len(prompt) for prompt in prompts]
         device = self.model.device
+        groups = [side_by_side(lengths, numbers, device) for numbers in of_like_length(lengths)]
 
         def attend(storage: Tensor, query: Tensor, key_value: Tensor, scaling: float) -> Tensor:
-            attended = []
-            for place, (part, kept) in enumerate(zip(query.split(lengths), key_value.split(lengths), strict=True)):
-                row = (first + place) * self.samples_per_prompt
-                written = kept.permute(1, 2, 0, 3)
-                storage[:, row : row + self.samples_per_prompt, :, : len(kept)] = written.unsqueeze(1)
-                attended.append(_attend_causally(part.permute(1, 2, 0, 3), *written, scaling=scaling))
-            return torch.cat(attended)
+            attended = query.new_empty(len(query), query[0].numel())
+            for group in groups:
+                keys, values = written = key_value[group.at].permute(2, 0, 3, 1, 4)
+                for sample in range(self.samples_per_prompt):
+                    rows = (first + group.numbers) * self.samples_per_prompt + sample
+                    storage[:, rows, :, : keys.shape[2]] = written  # what stands behind a prompt's end is not looked at
+                heads = _attend_causally(query[group.at], keys, values, scaling=scaling)
+                attended[group.tokens] = heads.flatten(0, 1)[group.places]
+            return attended
 
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         hidden = self._run(torch.cat([prompt.to(device) for prompt in prompts]), positions, attend)
@@ -176,16 +179,54 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
     )
 
 
+class SideBySide(NamedTuple):
+    """Prompts of a group padded on the right, where a causal mask alone keeps a token from what is behind it."""
+
+    numbers: Int[Tensor, " prompt"]
+    """Which of the prompts they are."""
+    at: Int[Tensor, "prompt time"]
+    """The flat token of each place; in the padding some token or other."""
+    places: Int[Tensor, " token"]
+    """Those that are no padding, counted through all rows."""
+    tokens: Int[Tensor, " token"]
+    """The flat tokens at these places."""
+
+
+def of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """The numbers of prompts in groups, in each of which at most half would be padding."""
+    groups: list[list[int]] = []
+    total = 0
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and lengths[number] * (len(groups[-1]) + 1) <= 2 * (total + lengths[number]):
+            groups[-1].append(number)
+            total += lengths[number]
+        else:
+            groups.append([number])
+            total = lengths[number]
+    return groups
+
+
+def side_by_side(lengths: Sequence[int], numbers: Sequence[int], device: torch.device) -> SideBySide:
+    """Where the tokens of some of the prompts are, which lie end to end."""
+    ends = torch.tensor(lengths).cumsum(0)
+    of_group = torch.tensor(numbers)
+    own = torch.tensor(lengths)[of_group].unsqueeze(1)
+    steps = torch.arange(int(own.max()))
+    at = (ends[of_group].unsqueeze(1) - own + steps).clamp(max=int(ends[-1]) - 1)
+    places = (steps < own).flatten().nonzero().squeeze(1)
+    return SideBySide(*(part.to(device) for part in (of_group, at, places, at.flatten()[places])))
+
+
 def _attend_causally(
-    query: Float[Tensor, "key_head group time dim"],
-    keys: Float[Tensor, "key_head time dim"],
-    values: Float[Tensor, "key_head time dim"],
+    query: Float[Tensor, "prompt time key_head group dim"],
+    keys: Float[Tensor, "prompt key_head time dim"],
+    values: Float[Tensor, "prompt key_head time dim"],
     *,
     scaling: float,
-) -> Float[Tensor, "time hidden"]:
-    keys, values = (states.unsqueeze(1).expand_as(query) for states in (keys, values))
-    heads = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
-    return heads.permute(2, 0, 1, 3).flatten(1)
+) -> Float[Tensor, "prompt time hidden"]:
+    queries = query.flatten(2, 3).transpose(1, 2)
+    heads = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=True)
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _attend(
