@@ -1,7 +1,8 @@
 """What processes that share a model take together while they load it: ``python -m benchmarks.loading --model DIR``.
 
 Each loads the whole of it in float32 and keeps a part. In turns, and all at once, in alternation; memory is the sum of
-the processes' proportional set sizes, less what they have once everything is imported (Linux).
+the processes' own pages (those of files, which can be read again, not counted), less what they have once everything is
+imported (Linux).
 """
 
 import argparse
@@ -46,7 +47,7 @@ def child(model_dir: str, room: float) -> None:
 
 
 def pss(process: int) -> int:
-    """Bytes of a process, what it shares with others divided among them; 0 where it has ended."""
+    """Bytes of a process that no file has, what it shares with others divided among them; 0 where it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss_Anon:"):

@@ -47,8 +47,8 @@ class NemotronEvaluation(Callback):
         reference_model: Hub id or directory of the model to compare with; the starting policy where not given.
         dataset_name: Where the prompts come from: hub id, directory, or a file with ``messages`` or ``prompt``.
         split: Of a dataset with several.
-        columns: What the dataset calls the columns that have other names there: ``{prompt: question}``. Of the dataset
-            that is trained on it is ``data.columns`` that counts.
+        columns: What the dataset calls the columns that have other names there: ``{prompt: question}``. Not for the
+            dataset that is trained on, whose ``data.columns`` count.
         num_prompts: How many prompts; 0 switches the evaluation off.
         max_prompt_length: Prompts of more tokens are passed over.
         max_completion_length: Longest completion in tokens.
@@ -132,6 +132,11 @@ class NemotronEvaluation(Callback):
         def prepare() -> None:
             data = getattr(trainer, "datamodule", None)
             data = data if isinstance(data, ChatDataModule) and data.dataset_name == self.dataset_name else None
+            if data is not None and self.columns:
+                raise ConfigurationError(
+                    f"the prompts are held-out rows of {self.dataset_name}, which is trained on: unset "
+                    "evaluation.columns, and name its columns in data.columns"
+                )
             self._prompts = load_prompts(
                 self.dataset_name,
                 self.split,

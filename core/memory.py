@@ -53,22 +53,18 @@ def _left_to_groups() -> list[float]:
     for line in GROUPS.read_text().splitlines() if GROUPS.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, names, key = GROUP_ROOT, ("memory.max", "memory.current"), "inactive_file "
+            root, names, key = GROUP_ROOT, ("memory.max", "memory.current"), "inactive_file"
         elif "memory" in controllers.split(","):  # of the first version of control groups
             root, names = GROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            key = "total_inactive_file "
+            key = "total_inactive_file"
         else:
             continue
         folder = root / path.strip("/")
         while folder.is_relative_to(root):
             with suppress(OSError, ValueError):  # a group without a limit, or one that is not ours to read
                 limit, used = (int((folder / name).read_text()) for name in names)
-                files = next(
-                    int(line.removeprefix(key))
-                    for line in (folder / "memory.stat").read_text().splitlines()
-                    if line.startswith(key)
-                )
-                found.append(float(limit - used + files))
+                known = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                found.append(float(limit - used + int(known.get(key, 0))))
             folder = folder.parent
     return found
 

@@ -334,12 +334,12 @@ PLANTED = [
     ),
     Mutant(
         "lightning_modules/generation/family_decoder.py",
-        "(first + group.numbers) * self.samples_per_prompt + sample",
-        "first + group.numbers + sample * len(prompts)",
-        "tests/test_decode.py -k together",
+        "by_prompt[:, first + group.numbers",
+        "by_prompt[:, group.numbers",
+        "tests/test_decode.py",
     ),
     Mutant("core/turns.py", "max(1, int(room))", "max(1, round(room))", "tests/test_turns.py -k room"),
-    Mutant("core/memory.py", "limit - used + files", "limit - used", "tests/test_turns.py -k left"),
+    Mutant("core/memory.py", "limit - used + int(known.get(key, 0))", "limit - used", "tests/test_turns.py -k left"),
     Mutant("core/memory.py", "folder = folder.parent", "folder = None", "tests/test_turns.py -k left"),
     Mutant(
         "lightning_modules/optimiser_step.py",

@@ -281,6 +281,9 @@ def test_prompts_of_the_evaluation_may_stand_in_a_column_of_any_name(config: Any
     assert_refused(cli("fit", "--config", path, *wrong), "perhaps with evaluation.columns {prompt: question}")
     missing = [*wrong, "--evaluation.columns", "{prompt: nothing}"]
     assert_refused(cli("fit", "--config", path, *missing), "lacks the columns ['nothing']")
+    own = yaml.safe_load(Path(path).read_text())["data"]["init_args"]["dataset_name"]
+    trained_on = ["--evaluation.dataset_name", own, "--evaluation.columns", "{prompt: question}", "--overwrite", "true"]
+    assert_refused(cli("fit", "--config", path, *trained_on), "which is trained on: unset evaluation.columns")
 
 
 def test_plain_text_is_learned_whole_and_long_text_in_pieces(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -91,11 +91,11 @@ class FamilyDecoder:
 
         def attend(storage: Tensor, query: Tensor, key_value: Tensor, scaling: float) -> Tensor:
             attended = query.new_empty(len(query), query[0].numel())
+            by_prompt = storage.unflatten(1, (-1, self.samples_per_prompt))
             for group in groups:
                 keys, values = written = key_value[group.at].permute(2, 0, 3, 1, 4)
-                for sample in range(self.samples_per_prompt):
-                    rows = (first + group.numbers) * self.samples_per_prompt + sample
-                    storage[:, rows, :, : keys.shape[2]] = written  # what stands behind a prompt's end is not looked at
+                # What comes to stand behind a prompt's end is not looked at before it is overwritten.
+                by_prompt[:, first + group.numbers, :, :, : keys.shape[2]] = written.unsqueeze(2)
                 heads = _attend_causally(query[group.at], keys, values, scaling=scaling)
                 attended[group.tokens] = heads.flatten(0, 1)[group.places]
             return attended
