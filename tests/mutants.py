@@ -339,6 +339,18 @@ PLANTED = [
         "tests/test_decode.py",
     ),
     Mutant("core/turns.py", "max(1, int(room))", "max(1, round(room))", "tests/test_turns.py -k room"),
+    Mutant(
+        "lightning_modules/rloo.py",
+        "if adapted or self.sharding is not None else copy",
+        "if adapted else copy",
+        "tests/test_turns.py",
+    ),
+    Mutant(
+        "lightning_modules/base.py",
+        "with turn_to_load(self.loaded_name, processes=processes) if sharding else nullcontext():",
+        "with nullcontext():",
+        "tests/test_turns.py",
+    ),
     Mutant("core/memory.py", "limit - used + int(known.get(key, 0))", "limit - used", "tests/test_turns.py -k left"),
     Mutant("core/memory.py", "folder = folder.parent", "folder = None", "tests/test_turns.py -k left"),
     Mutant(

@@ -5,11 +5,19 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core import memory, turns
+from lightning_modules import RLOOModule, SFTModule, base
+from lightning_modules.models import reference, sharding
+from lightning_modules.models.loading import float32_bytes
+from lightning_modules.rewards.rules import brevity
 
 HOLDS = """
 import sys, time
@@ -104,3 +112,35 @@ def test_what_is_left_is_the_machines_or_that_of_the_group_with_least(
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
     monkeypatch.setattr(memory, "GROUPS", tmp_path / "none")
     assert memory.available_bytes() == math.inf
+
+
+def test_a_model_that_is_to_be_shared_is_whole_within_a_turn_alone(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is what it is compared with, after it: never are both whole at once."""
+    told: list[str] = []
+    cut_up = sharding.Sharding(Any, None)  # type: ignore[arg-type]  # no mesh, as nothing is cut up here
+
+    @contextmanager
+    def turn(needed: float, on_wait: Any) -> Iterator[int]:
+        assert needed == sharding.WHILE_LOADED * float32_bytes(str(tiny_model_dir)) > 4 * 8_000
+        told.append("begins")
+        yield 1
+        told.append("ends")
+
+    def shard(model: Any, how: Any) -> None:
+        assert model.training == (len(told) == 1), "the policy first, then the reference, which never trains"
+        told.append("shards")
+
+    monkeypatch.setattr(sharding, "in_turn", turn)
+    for module in (base, reference):
+        monkeypatch.setattr(module, "shard", shard)
+    monkeypatch.setattr(reference, "sharding_of", lambda model: cut_up)
+    for method, expected in ((SFTModule, 1), (RLOOModule, 2)):
+        told.clear()
+        options = {"reward": brevity} if method is RLOOModule else {}
+        trained: Any = method(model_name=str(tiny_model_dir), **options)
+        strategy = types.SimpleNamespace(sharding=cut_up)
+        trained._trainer = types.SimpleNamespace(strategy=strategy, num_devices=2, datamodule=None, precision="32-true")
+        trained.configure_model()
+        assert told == ["begins", "shards", "ends"] * expected
