@@ -1,6 +1,7 @@
 """The command line: fit and validate on LightningCLI, and the tools around a run."""
 
 import os
+import select
 import sys
 import tomllib
 import traceback
@@ -55,6 +56,8 @@ NVIDIA_API_KEY, WANDB_API_KEY, HF_TOKEN.
 
 INTERRUPTED = 130
 """128 + SIGINT, which shells take for a command that Ctrl-C ended."""
+UNREAD = 141
+"""128 + SIGPIPE, which shells take for a command whose reader has left."""
 COMMANDS = ("fit", "validate", "compare", "serve-reward", "inspect", "plan", "chat", "push", "configs", "doctor")
 
 
@@ -113,6 +116,7 @@ def run(command: str, *, debug: bool) -> int:
     """Run a command, and turn what it raises into an exit code."""
     try:
         start(command)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -121,6 +125,8 @@ def run(command: str, *, debug: bool) -> int:
             return INTERRUPTED
         raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return UNREAD
         from core.secrets import redact
         from core.terminal import say_error
         from core.text import shown
@@ -135,6 +141,16 @@ def run(command: str, *, debug: bool) -> int:
         say_error(str(told))
         return 2
     return 0
+
+
+def nobody_reads() -> bool:
+    """Whether who read standard output has left, as ``head`` does; what is still to be written then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    left = bool(output.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def mendable(error: BaseException | None) -> BaseException | None:

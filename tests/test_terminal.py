@@ -247,3 +247,17 @@ def test_of_a_gpu_only_that_it_is_used_is_told(
     quieten()
     logging.getLogger(name).info(line)
     assert (line in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(left: bool) -> None:
+    reader, writer = os.pipe()
+    if left:
+        os.close(reader)
+    command = [sys.executable, "cli.py", "configs"]
+    result = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    if not left:
+        os.close(reader)
+    assert result.stderr == ""
+    assert result.returncode == (141 if left else 0)
