@@ -5,16 +5,17 @@ import multiprocessing
 import os
 import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 FORK = multiprocessing.get_context("fork")
+TqdmDefaultWriteLock.mp_lock = None
+"""All forked processes share this lock of all bars: one that is killed while it draws would keep it from the rest."""
 LIMIT_S = 120.0
 """No process takes as long. One that does hangs: it is ended, and says in its log where it was."""
 
@@ -59,7 +60,6 @@ def _process(function: Callable[[], int], log: Path, environment: dict[str, str]
             os.dup2(file.fileno(), stream)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # type: ignore[attr-defined]  # as an import finds it
     faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=2)
-    tqdm.set_lock(threading.RLock())  # or a process that is killed would keep the one that all forked ones share
     torch.set_num_threads(1)
     sys.argv = ["cli.py"]
     sys.exit(function())

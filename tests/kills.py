@@ -165,7 +165,7 @@ def trial(
         killed += 1
     codes = ended(start(lambda: cli_main(arguments), ranks=ranks, log=folder / "log.txt"))
     if any(code != 0 for code in codes):
-        told = (folder / "log.txt").read_text()[-3000:]
+        told = (folder / "log.txt").read_text()[-8000:]  # all of a process that hung and said where
         raise RuntimeError(f"{method} in {folder} ended with {codes}: {told}")
     return killed
 

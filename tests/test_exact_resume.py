@@ -30,11 +30,48 @@ def assert_kills_change_nothing(*options: str) -> None:
     command = [sys.executable, "-m", "tests.kills", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # no GPU outlives a fork
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr[-2000:]
+    assert found.returncode == 0, found.stdout + found.stderr[-10000:]
 
 
 def test_two_kills_change_nothing() -> None:
     assert_kills_change_nothing("--kills", "2", "--workers", "0", "--methods", "RLOOModule")
+
+
+KILLED_IN_A_BAR = """
+import os, signal, sys, time
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from tests.forked import start
+
+folder = Path(sys.argv[1])
+for _ in tqdm(range(2)):  # from here on its class has a lock, which later forks take over
+    pass
+
+
+def hold() -> int:
+    with tqdm.get_lock():
+        (folder / "held").touch()
+        time.sleep(60)
+    return 0
+
+
+(first,) = start(hold, ranks=1, log=folder / "log.txt")
+while not (folder / "held").exists():
+    time.sleep(0.01)
+os.kill(first.pid, signal.SIGKILL)
+first.join()
+(second,) = start(lambda: len(list(tqdm(range(3)))), ranks=1, log=folder / "log.txt")
+second.join(30)
+code = second.exitcode
+second.kill()
+sys.exit(code != 3)
+"""
+
+
+def test_a_process_killed_while_it_draws_a_bar_does_not_hold_up_the_next(tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", KILLED_IN_A_BAR, str(tmp_path)], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.slow
