@@ -28,7 +28,6 @@ from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.models.identity import tensors_digest
 from lightning_modules.models.loading import load_config
-from lightning_modules.models.sharding import gathered
 from lightning_modules.rewards import NemotronReward, Reward, resolve_reward
 from lightning_modules.rewards.base import reward_name
 from lightning_modules.rewards.preflight import before_evaluation, processes_for, remote_parts
@@ -243,8 +242,8 @@ class NemotronEvaluation(Callback):
         asking = functools.partial(bar, trainer, "asking the judge")
         options = {"decoding": self.decoding, "batch_size": self.batch_size}
         opened = self._ranks.own(lambda: open_cache(trainer, self.cache_dir))
-        with contextlib.closing(opened) as cache, gathered(module.model) as policy:
-            both = functools.partial(completers, trainer, module, policy, self.reference_model, **options)
+        with contextlib.closing(opened) as cache:
+            both = functools.partial(completers, trainer, module, self.reference_model, ranks=self._ranks, **options)
             found = evaluate(
                 self._prompts,
                 *self._ranks.own(lambda: both(cache=cache)),

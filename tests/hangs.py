@@ -48,7 +48,7 @@ CASES: Mapping[str, Case] = {
     "sampling-raises": Case("RLOOModule", "lightning_modules.rloo.sample_completions"),
     "step-raises": Case("SFTModule", "lightning_modules.sft.completion_losses"),
     "validation-raises": Case("SFTModule", "lightning_modules.sft.completion_tokens"),
-    "evaluation-raises": Case("SFTModule", "callbacks.evaluation.evaluate.evaluate_share", call=1),
+    "evaluation-raises": Case("SFTModule", "callbacks.evaluation.evaluate.score_share", call=1),
     "loading-raises": Case("DPOModule", "lightning_modules.dpo.weights_digest", call=1),
     "killed-in-a-step": Case("SFTModule", "lightning_modules.sft.completion_losses", kills=True),
     "killed-in-sampling": Case("RLOOModule", "lightning_modules.rloo.sample_completions", kills=True),

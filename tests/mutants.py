@@ -118,6 +118,24 @@ PLANTED = [
     ),
     Mutant(
         "callbacks/evaluation/completions.py",
+        "if any(self.ranks.gather(lambda: len(missing) > 0)):",
+        "if missing:",
+        "tests/test_evaluation.py -k lacks",
+    ),
+    Mutant(
+        "callbacks/evaluation/completions.py",
+        "adapted=module.lora is not None,",
+        "adapted=False,",
+        "tests/test_adapters.py -k loads_no_second",
+    ),
+    Mutant(
+        "callbacks/evaluation/completions.py",
+        "return reference_model is None or (",
+        "return (",
+        "tests/test_adapters.py -k loads_no_second",
+    ),
+    Mutant(
+        "callbacks/evaluation/completions.py",
         'arithmetic = f"{self.trainer.precision} ',
         'arithmetic = f"',
         "tests/test_evaluation_trust.py -k precision",
@@ -280,8 +298,8 @@ PLANTED = [
     ),
     Mutant(
         "callbacks/evaluation/completions.py",
-        "cache_key(model_digest, encoded[n], stops, seeds[n]",
-        "cache_key(model_digest, encoded[n], seeds[n]",
+        "cache_key(model_digest, input_ids, stops, seed",
+        "cache_key(model_digest, input_ids, seed",
         "tests/test_evaluation.py -k key",
     ),
     Mutant(

@@ -1,19 +1,26 @@
 """LoRA: equal to plain peft, the policy its own reference, merged elsewhere alone, and nothing of the base on disk."""
 
+import contextlib
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from callbacks.evaluation.cache import EvaluationCache
+from callbacks.evaluation.completions import Decoding, completers
 from core.errors import ConfigurationError
+from core.ranks import Ranks
 from datamodules.batches import PromptBatch, TokenBatch, pad
 from datamodules.chat import load_tokenizer
+from datamodules.messages import Message
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
 from lightning_modules.forward.capabilities import capabilities
 from lightning_modules.forward.completions import completion_tokens, sequence_scores
@@ -28,7 +35,7 @@ from lightning_modules.models.loading import load_causal_lm, load_reward_model
 from lightning_modules.rewards import ModelReward
 from lightning_modules.rewards.rules import brevity
 from tests.command_line import Cli, assert_refused
-from tests.conftest import tiny_tokenizer
+from tests.conftest import make_tiny_model, tiny_tokenizer
 
 peft = pytest.importorskip("peft", reason="the extra [lora] is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own, and Lightning's in the fits
@@ -128,6 +135,50 @@ def test_no_second_model_is_loaded(method: Any, tiny_model_dir: Path, monkeypatc
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("a second model"))
     with module.reference.beside(module.model) as reference:
         assert reference is module.model
+
+
+def asked(
+    module: SFTModule, reference_model: str | None, file: Path, *, which: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], int]:
+    """What the evaluation's policy (0) or reference (1) answers, and how many models were loaded for it."""
+    loaded: list[str] = []
+
+    def load(name: str, *rest: Any, **options: Any) -> PreTrainedModel:
+        loaded.append(name)
+        return load_causal_lm(name, *rest, **options)
+
+    monkeypatch.setattr("callbacks.evaluation.completions.load_causal_lm", load)
+    monkeypatch.setattr("lightning_modules.models.reference.load_causal_lm", load)
+    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    prompts: dict[int, list[Message]] = {number: [{"role": "user", "content": f"q {number}"}] for number in range(3)}
+    with contextlib.closing(EvaluationCache(file)) as cache:
+        how: dict[str, Any] = {"ranks": Ranks(1.0), "decoding": Decoding(8, 1.0, 1.0, 42), "batch_size": 2}
+        both = completers(trainer, module, reference_model, cache=cache, **how)
+        return [side.completion for side in both[which](prompts)], len(loaded)
+
+
+def test_an_evaluation_loads_no_second_model_where_the_reference_is_the_policy_before_its_adapter(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers, and where they are kept, are those of the model loaded anew; so a policy named beside it ties."""
+    name = str(tiny_model_dir)
+    full, module = SFTModule(model_name=name), SFTModule(model_name=name, lora=LoraOptions(4))
+    for each in (full, module):
+        each.configure_model()
+    stir(module.model)
+    ask = functools.partial(asked, monkeypatch=monkeypatch)
+    expected = ask(full, None, tmp_path / "full.sqlite", which=1)
+    assert expected[1] == 1
+    changed = ask(module, None, tmp_path / "changed.sqlite", which=0)
+    assert changed[0] != expected[0]
+    for named in (None, name):
+        assert ask(module, named, tmp_path / f"of {bool(named)}.sqlite", which=1) == (expected[0], 0)
+    assert ask(module, None, tmp_path / "again.sqlite", which=0) == changed, "the adapter is on again"
+    another = tmp_path / "another"
+    make_tiny_model(another, rms_norm_eps=0.1)
+    assert ask(module, str(another), tmp_path / "another.sqlite", which=1)[1] == 1
+    monkeypatch.setattr("callbacks.evaluation.completions.sample_completions", lambda *_, **__: 1 / 0)
+    assert ask(module, None, tmp_path / "full.sqlite", which=1) == (expected[0], 0), "kept for every method's run"
 
 
 def test_the_own_decode_step_samples_what_peft_and_transformers_do(tiny_model_dir: Path) -> None:

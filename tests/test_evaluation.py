@@ -1,23 +1,28 @@
 """The numbers of an evaluation by hand, and the callback in a run: its files, seeds, failures and reference."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
+from typing_extensions import override
 
 from callbacks.evaluation import completions as evaluation_completions
 from callbacks.evaluation.cache import EvaluationCache
 from callbacks.evaluation.completions import Decoding
 from callbacks.evaluation.metrics import Pair, Side, cannot_tell
 from core.errors import ConfigurationError
+from core.ranks import Ranks
 from datamodules.chat import load_tokenizer
 from datamodules.messages import Message
 from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.models.identity import weights_digest
+from lightning_modules.models.loading import load_causal_lm
 from lightning_modules.rewards import WeightedReward
 from lightning_modules.rewards.base import reward_identity
 from lightning_modules.rewards.keys import keeps_a_secret
@@ -253,33 +258,58 @@ def test_the_key_goes_over_tls_or_stays_on_this_machine(url: str, may: bool) -> 
     assert keeps_a_secret(url) is may
 
 
-def test_whatever_changes_a_completion_is_in_its_key(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also the tokens that would have ended it."""
-    keys: list[str] = []
-    tokenizer = load_tokenizer(str(tiny_model_dir))
-    cache = EvaluationCache(tmp_path / "evaluation.sqlite")
-    monkeypatch.setattr(cache, "completion", lambda key: keys.append(key) or ("kept", 1))
+class WithAnother(Ranks[Any]):
+    """One process, and another that says of everything that it has or lacks it as well."""
 
-    def look_up(*, digest: str = "a", stops: Sequence[int] = (1,), text: str = "q", **changes: Any) -> None:
-        monkeypatch.setattr(evaluation_completions, "stop_token_ids", lambda _: list(stops))
-        evaluation_completions.complete(
-            lambda *_: 1 / 0,  # type: ignore[arg-type, return-value]
-            tokenizer,
-            {0: [{"role": "user", "content": text}]},
-            model_digest=digest,
-            decoding=Decoding(8, 1.0, 1.0, 42)._replace(**changes),
+    def __init__(self, *, lacks: bool) -> None:
+        super().__init__(1.0)
+        self.lacks = lacks
+
+    @override
+    def gather(self, work: Callable[[], Any]) -> list[Any]:
+        return [work(), self.lacks]
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_model_is_opened_where_another_process_lacks_a_completion(
+    lacks: bool, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Or that one would wait for its part of a model that they share."""
+    opened: list[str] = []
+
+    @contextlib.contextmanager
+    def model() -> Iterator[Any]:
+        opened.append("a model")
+        yield load_causal_lm(str(tiny_model_dir), load_tokenizer(str(tiny_model_dir)))
+
+    with contextlib.closing(EvaluationCache(tmp_path / "evaluation.sqlite")) as cache:
+        complete = evaluation_completions.Completer(
+            Trainer(logger=False, accelerator="cpu", enable_checkpointing=False),
+            model,
+            load_tokenizer(str(tiny_model_dir)),
+            ranks=WithAnother(lacks=lacks),
+            digest="a",
+            title="policy completions",
+            decoding=Decoding(8, 1.0, 1.0, 42),
             batch_size=1,
             cache=cache,
-            on_completion=lambda count: None,
         )
+        assert complete({}) == []
+    assert len(opened) == lacks
+
+
+def test_whatever_changes_a_completion_is_in_its_key(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the tokens that would have ended it."""
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+
+    def key(*, digest: str = "a", stops: Sequence[int] = (1,), text: str = "q", **changes: Any) -> str:
+        monkeypatch.setattr(evaluation_completions, "stop_token_ids", lambda _: list(stops))
+        decoding = Decoding(8, 1.0, 1.0, 42)._replace(**changes)
+        prompts: dict[int, Any] = {0: [{"role": "user", "content": text}]}
+        found: str = evaluation_completions.encode(tokenizer, prompts, model_digest=digest, decoding=decoding)[0].key
+        return found
 
     changes: list[dict[str, Any]] = [{}, {"digest": "b"}, {"stops": (1, 2)}, {"text": "r"}]
     changes += [{"max_completion_length": 9}, {"temperature": 0.5}, {"top_p": 0.5}, {"seed": 1}]
-    for change in changes:
-        look_up(**change)
-    assert len(set(keys)) == len(changes) == len(keys)
-    look_up()
-    assert keys[-1] == keys[0]
-    cache.close()
+    assert len({key(**change) for change in changes}) == len(changes)
+    assert key() == key()

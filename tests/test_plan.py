@@ -10,6 +10,7 @@ import torch
 import wandb
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from callbacks import NemotronEvaluation
 from commands.planning.batch import Largest, largest_batch
 from commands.planning.memory import Account, Run, optimiser_bytes
 from commands.planning.trace import LiveMemory, Passes, Size, trace
@@ -129,6 +130,25 @@ def test_a_reference_stands_where_the_method_needs_it(tiny_model_dir: Path) -> N
     assert "sampling" in reference(RLOOModule(brevity, model_name=name))
     assert reference(RLOOModule(brevity, model_name=name, beta=0.0)) == set()
     assert reference(DPOModule(model_name=name, lora=LoraOptions(rank=2))) == set()
+
+
+def test_the_judge_s_reference_is_a_model_more_but_where_an_adapter_is_switched_off_for_it(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    name, other = str(tiny_model_dir), tmp_path / "other"
+    make_tiny_model(other)
+
+    def compared(named: str | None, *, shards: int = 1, **options: Any) -> int:
+        evaluation = NemotronEvaluation(reward=brevity, reference_model=named)
+        moments = account(SFTModule(name, **options), evaluation=evaluation, shards=shards).moments()
+        (moment,) = (moment for moment in moments if moment.name == "evaluation, reference")
+        return moment.parts["compared with"].all
+
+    one = 4 * account(SFTModule(name)).traced.parameters.all
+    assert compared(None) == compared(name) == one
+    assert compared(None, shards=4) == one // 4
+    assert compared(None, lora=LoraOptions(rank=2)) == compared(name, lora=LoraOptions(rank=2)) == 0
+    assert compared(str(other), lora=LoraOptions(rank=2)) == one
 
 
 def test_the_samplers_cache_is_two_numbers_a_token_layer_and_width(tiny_model_dir: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from callbacks.evaluation.completions import completers
 from core.errors import ConfigurationError
+from core.ranks import Ranks
 from datamodules.chat import load_tokenizer
 from datamodules.messages import Message
 from demo.judge import BEST, WORST, judge
@@ -385,7 +386,7 @@ def test_an_error_about_a_judge_s_or_a_reference_s_tokenizer_names_that_option(
     module = SFTModule(model_name=str(tiny_model_dir))
     module.configure_model()
     with pytest.raises(ConfigurationError, match=r"no tokenizer in .*; change evaluation.reference_model"):
-        completers(Trainer(logger=False, accelerator="cpu"), module, module.model, str(tmp_path))
+        completers(Trainer(logger=False, accelerator="cpu"), module, str(tmp_path), ranks=Ranks(1.0))
 
 
 def test_a_reward_gets_copies_and_a_grad_free_thread_of_its_own() -> None:

@@ -12,7 +12,7 @@ from datamodules.messages import Message
 from datamodules.prompts import Prompt
 
 Complete = Callable[[Mapping[int, list[Message]]], list[Side]]
-"""From prompts, by their number in the evaluation, to a completion of each."""
+"""From prompts, by their number in the evaluation, to a completion of each; called by every process."""
 
 
 class Evaluation(NamedTuple):
@@ -52,7 +52,9 @@ def evaluate(
         **about: What was evaluated and how, for :func:`evaluation_result`.
     """
     mine = {number: prompts[number] for number in range(ranks.rank, len(prompts), ranks.count)}
-    shares = ranks.gather(lambda: evaluate_share(mine, complete, complete_reference, scorer))
+    messages = {number: prompt.messages for number, prompt in mine.items()}
+    sides = complete(messages), complete_reference(messages)
+    shares = ranks.gather(lambda: score_share(mine, *sides, scorer))
     by_number = {number: pair for share in shares for number, pair in share.pairs.items()}
     pairs = [by_number[number] for number in sorted(by_number)]
     calls = Calls.of(sum((share.calls for share in shares), Counter()))
@@ -60,13 +62,12 @@ def evaluate(
     return Evaluation(evaluation_result(pairs, calls=calls, **about), pairs, reasons)
 
 
-def evaluate_share(
-    prompts: Mapping[int, Prompt], complete: Complete, complete_reference: Complete, scorer: Scorer
+def score_share(
+    prompts: Mapping[int, Prompt], policy: Sequence[Side], reference: Sequence[Side], scorer: Scorer
 ) -> Share:
     """One process's pairs, scored policy first, so that what is scored before a limit is whole pairs."""
-    messages = {number: prompt.messages for number, prompt in prompts.items()}
-    both = list(zip(complete(messages), complete_reference(messages), strict=True))
-    asked = [prompt for prompt in messages.values() for _ in range(2)]
+    both = list(zip(policy, reference, strict=True))
+    asked = [prompt.messages for prompt in prompts.values() for _ in range(2)]
     scores = scorer(asked, [side.completion for sides in both for side in sides])
     scored = zip(scores[::2], scores[1::2], strict=True)
     pairs = {

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from callbacks.evaluation.completions import is_start
 from commands.planning.batch import Largest
 from commands.planning.trace import Passes, Size, Traced, added, counted, sized, trace
 from lightning_modules.base import FineTuningModule
@@ -197,11 +198,17 @@ class Account:
         length = evaluation.max_prompt_length + evaluation.decoding.max_completion_length
         rows = min(evaluation.batch_size, evaluation.num_prompts)
         sampler, judge = self.sampler(rows, length), reward_bytes(evaluation.reward)
-        name = evaluation.reference_model or self.module.model_name
-        other = parameters(name, option="evaluation.reference_model").times(self.weight_bytes)
         policy = Moment("evaluation, policy", self.standing() | sampler | {"judge": judge})
-        compared = Moment("evaluation, reference", self.standing() | sampler | {"judge": judge, "compared with": other})
-        return [policy, compared]
+        parts = {"judge": judge, "compared with": self.compared_bytes().times(1 / self.run.shards)}
+        return [policy, Moment("evaluation, reference", self.standing() | sampler | parts)]
+
+    def compared_bytes(self) -> Size:
+        """Of the evaluation's reference; none where an adapter is switched off for it."""
+        named = self.run.evaluation.reference_model
+        if self.module.lora is not None and is_start(self.module, named):
+            return Size(0)
+        found = parameters(named or self.module.model_name, option="evaluation.reference_model")
+        return found.times(self.weight_bytes)
 
     def sampler(self, rows: int, length: int) -> dict[str, Size]:
         """The decoder's own weights, its cache, and a step's logits with what is drawn from them."""

@@ -79,6 +79,7 @@ def make_reference(
     name: str,
     start: Callable[[], PreTrainedModel],
     tokenizer: Callable[[], PreTrainedTokenizerBase],
+    option: str = "model.reference_model",
 ) -> Reference:
     """The named reference, or the starting policy: itself, where an adapter is all that trains.
 
@@ -87,10 +88,10 @@ def make_reference(
         adapted: Whether the policy has an adapter.
         name: Hub id or directory of the starting policy.
         start: Gives the policy as it was loaded.
-        tokenizer: Gives the policy's.
+        tokenizer: Gives the named reference's.
+        option: The option that names it.
     """
     if reference_model is not None:
-        option = "model.reference_model"
         return FrozenReference(
             lambda: load_causal_lm(reference_model, tokenizer(), option=option), reference_model, option=option
         )
