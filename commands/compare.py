@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
-from callbacks.logging.tracking import environment_mode
+from callbacks.logging.tracking import Mode, environment_mode
 from commands import options
 from commands.comparison.pairwise import pairwise
 from commands.comparison.report import render_report
@@ -23,7 +23,6 @@ from core.text import printable
 
 MARK = "<title>Comparison: "
 """In every page that a comparison wrote."""
-Mode = Literal["online", "offline", "disabled"]
 
 
 def run() -> None:

@@ -24,7 +24,7 @@ from callbacks.checkpoints.run_options import KEY, RunOptions, check_same_run, f
 from callbacks.checkpoints.sharded_strategy import ShardedStrategy
 from callbacks.logging.displays import displays
 from callbacks.logging.metrics_file import MetricsFile
-from callbacks.logging.tracking import WandbTracking, run_name
+from callbacks.logging.tracking import WandbTracking, run_name, trackers
 from commands.boundaries import check_boundaries, check_numbers, refuse_nulls
 from commands.checkpoints import checkpoints, fitting_checkpoint, resolve_checkpoint
 from commands.explaining import did_you_mean
@@ -192,7 +192,7 @@ class SuiteCLI(LightningCLI):
         if asked is None or asked is True:
             dataset_name = self.datamodule.dataset_name if self.datamodule else config.evaluation.dataset_name
             name = run_name(self.model.method, self.model.model_name, dataset_name)
-            asked = WandbTracking(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
+            asked = trackers(save_dir=root, name=name, job_type=self.model.method, **config.wandb.as_dict())
         return [record, *listed(asked or None)]
 
     def option(self, name: str) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from core.errors import ConfigurationError
@@ -168,6 +168,8 @@ class FineTuningModule(AdaptedModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        from transformers import get_scheduler  # and with it peft, where that is installed
+
         optimizer = make_optimizer(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
             self.optimizer,

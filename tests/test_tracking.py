@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import wandb
 
-from callbacks.logging.tracking import WandbTracking, environment_mode, run_name
+from callbacks.logging.tracking import WandbTracking, environment_mode, run_name, trackers
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,22 @@ def test_project_group_and_job_type_reach_the_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("WANDB_PROJECT")
     default = WandbTracking(save_dir=str(tmp_path / "run"), mode="disabled")
     assert default._wandb_init["project"] == "cs224r_deeprl_final"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_is_not_tracked_has_no_tracker_and_uploads_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    options: dict[str, Any] = {"save_dir": str(tmp_path / "run"), "name": "n"}
+    assert trackers(mode="disabled", checkpoints="none", **options) == []
+    assert not recwarn.list
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert trackers(mode=None, checkpoints="last", **options) == []
+    assert [str(warning.message) for warning in recwarn.list] == [
+        "wandb.checkpoints=last uploads nothing while W&B is disabled"
+    ]
+    (logger,) = trackers(mode="offline", checkpoints="none", **options)
+    assert (logger._wandb_init["name"], logger._wandb_init["mode"]) == ("n", "offline")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 import requests
-import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -17,6 +16,7 @@ from core.errors import ConfigurationError
 from core.secrets import redact
 from datamodules.source import FORMATS, plain_name
 
+Mode = Literal["online", "offline", "disabled"]
 PROJECT = "cs224r_deeprl_final"
 PROBE_S = 4.0
 """For a connection, and again for an answer."""
@@ -46,9 +46,11 @@ class WandbTracking(WandbLogger):
         group: str | None = None,
         tags: list[str] | None = None,
         project: str = PROJECT,
-        mode: Literal["online", "offline", "disabled"] | None = None,
+        mode: Mode | None = None,
         checkpoints: Literal["none", "last", "all"] = "none",
     ) -> None:
+        import wandb  # which takes half a second, and a run that tracks nothing does without
+
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         mode = mode or environment_mode()
         if mode == "online" and rank_zero_only.rank == 0 and (reason := unreachable()):  # type: ignore[attr-defined]
@@ -85,6 +87,8 @@ class WandbTracking(WandbLogger):
     @override
     def experiment(self) -> Any:
         """The run; offline where W&B takes none now, which costs tracking alone."""
+        import wandb
+
         try:
             return super().experiment
         except wandb.errors.Error as error:
@@ -98,7 +102,16 @@ class WandbTracking(WandbLogger):
             return super().experiment
 
 
-def environment_mode() -> Literal["online", "offline", "disabled"]:
+def trackers(*, mode: Mode | None, checkpoints: Literal["none", "last", "all"], **options: Any) -> list[WandbTracking]:
+    """W&B for a run, by the options of WandbTracking; nothing where it is disabled, which then is not even imported."""
+    if (mode or environment_mode()) != "disabled":
+        return [WandbTracking(mode=mode, checkpoints=checkpoints, **options)]
+    if checkpoints != "none":
+        rank_zero_warn(f"wandb.checkpoints={checkpoints} uploads nothing while W&B is disabled")
+    return []
+
+
+def environment_mode() -> Mode:
     """``WANDB_MODE`` where it is set; else online where a key is found, as ``wandb login`` leaves it."""
     asked = os.environ.get("WANDB_MODE")
     if asked in ("online", "offline", "disabled"):
@@ -108,6 +121,8 @@ def environment_mode() -> Literal["online", "offline", "disabled"]:
 
 def unreachable() -> str:
     """Why W&B's server does not answer; empty where it does, whatever it says."""
+    import wandb
+
     try:
         requests.head(wandb.Settings().base_url, timeout=PROBE_S, allow_redirects=False)
     except requests.RequestException as error:
@@ -116,6 +131,8 @@ def unreachable() -> str:
 
 
 def _logged_in() -> bool:
+    import wandb
+
     hosts = {urlparse(address).hostname or "" for address in (wandb.Settings().base_url, "https://api.wandb.ai")}
     try:
         return any(netrc.netrc().authenticators(host) is not None for host in hosts)
