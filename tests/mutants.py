@@ -346,6 +346,12 @@ PLANTED = [
     ),
     Mutant(
         "lightning_modules/generation/family_decoder.py",
+        "layer.key_norm(turned[:, queries:])",
+        "layer.query_norm(turned[:, queries:])",
+        "tests/test_decode.py",
+    ),
+    Mutant(
+        "lightning_modules/generation/family_decoder.py",
         "places = (steps < own)",
         "places = (steps <= own)",
         "tests/test_decode.py -k together",

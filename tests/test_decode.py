@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from lightning_modules.generation.decoders import TransformersDecoder, decoder, decodes
@@ -54,6 +56,8 @@ LONGROPE = {
 FAMILY: dict[str, Callable[[], PreTrainedModel]] = {
     "Qwen2, tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=True)),
     "Qwen2, untied": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, tie_word_embeddings=False)),
+    "Qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=20)),
+    "Qwen3 with biases": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8, attention_bias=True)),
     "Llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "Llama with biases": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)),
     "Llama 3's rotation": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=LLAMA3)),
@@ -66,6 +70,9 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
     "Mistral with a window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)),
     "Qwen2 with a window": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ),
+    "Qwen3 with a window": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=16, max_window_layers=1)
     ),
     "a rotation that depends on the length": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=LONGROPE)),
 }
@@ -113,7 +120,7 @@ def test_a_decode_step_equals_the_forward_over_the_whole_row(name: str) -> None:
             logits = decoding.step(tokens)
 
 
-@pytest.mark.parametrize("name", ["Qwen2, tied", "Llama with biases"])
+@pytest.mark.parametrize("name", ["Qwen2, tied", "Qwen3", "Llama with biases"])
 def test_prompts_read_together_as_on_a_gpu_are_those_read_one_by_one(name: str) -> None:
     model = made(FAMILY[name])
     rows = prompts(3, 126, 5, 140, 1, 64, 5)
@@ -176,7 +183,7 @@ def test_a_replaced_layer_goes_through_transformers() -> None:
     assert not decodes(Other(Qwen2Config(**SMALL)))
 
 
-@pytest.mark.parametrize("name", ["Qwen2, tied", "Llama"])
+@pytest.mark.parametrize("name", ["Qwen2, tied", "Qwen3", "Llama"])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_bfloat16_rounds_where_the_training_forward_does(name: str, mixed: bool) -> None:
     """Under autocast, and with bfloat16 weights, logits are no farther from transformers' than its own rounding.

@@ -18,6 +18,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from datamodules.batches import TokenBatch
@@ -44,6 +45,7 @@ SIZES = {
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS: dict[str, Any] = {
     "qwen2": lambda: Qwen2Config(**GROUPED, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**GROUPED, tie_word_embeddings=True),
     "llama": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=False),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
     "mistral_window": lambda: MistralConfig(**GROUPED, sliding_window=8),
@@ -133,6 +135,7 @@ def test_which_models_take_which_path() -> None:
     found = {name: capabilities(make(name)) for name in CONFIGS}
     assert found == {
         "qwen2": Capabilities(float("inf"), True),
+        "qwen3": Capabilities(float("inf"), True),
         "llama": Capabilities(float("inf"), True),
         "gpt_neox": Capabilities(float("inf"), True),
         "mistral_window": Capabilities(8.0, True),

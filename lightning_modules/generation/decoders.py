@@ -7,7 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from typing_extensions import override
 
 from core.memory import free_bytes
@@ -16,7 +23,7 @@ from lightning_modules.generation.family_decoder import FamilyDecoder, compute_d
 from lightning_modules.models.adapters import merges
 from lightning_modules.models.sharding import go_on, sharding_of
 
-FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+FAMILY = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose frequencies do not depend on the sequence's length."""
 

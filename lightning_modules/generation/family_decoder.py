@@ -1,4 +1,4 @@
-"""A decode step of our own for the Llama and Qwen2 family: one token a row, without transformers' cost a layer.
+"""A decode step of our own for the Llama and Qwen family: one token a row, without transformers' cost a layer.
 
 Why: a step of a small model is some hundred small operations, and transformers' Python between them takes longer than
 they do; its cache grows by copying, and its numbers depend on the padding. Here the cache is made once at its final
@@ -33,6 +33,9 @@ class Layer(NamedTuple):
 
     attention_norm: nn.Module
     query_key_value: Projection
+    query_norm: nn.Module | None
+    """Of each head, as Qwen3 has one; the keys then have theirs."""
+    key_norm: nn.Module | None
     output: Projection
     mlp_norm: nn.Module
     gate_up: Projection
@@ -147,16 +150,21 @@ class FamilyDecoder:
             rotation = [table[positions].unsqueeze(1) for table in self.rotation]
             for layer, storage in zip(self.layers, self.cache, strict=True):
                 states = layer.query_key_value(layer.attention_norm(hidden)).unflatten(-1, (-1, self.head_dim))
-                hidden = hidden + layer.output(attend(storage, *self._rotated(states, rotation), layer.scaling))
+                attended = attend(storage, *self._rotated(layer, states, rotation), layer.scaling)
+                hidden = hidden + layer.output(attended)
                 gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
                 hidden = hidden + layer.down(layer.activation(gate) * up)
             normed: Tensor = base.norm(hidden)
         return normed
 
-    def _rotated(self, states: Float[Tensor, "batch head dim"], rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotated(
+        self, layer: Layer, states: Float[Tensor, "batch head dim"], rotation: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Queries as [batch, key head, query head of it, dim], keys and values as [batch, 2, key head, dim]."""
         queries, keys = self.head_counts
         turned, values = states[:, : queries + keys], states[:, queries + keys :]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            turned = torch.cat([layer.query_norm(turned[:, :queries]), layer.key_norm(turned[:, queries:])], dim=1)
         cos, sin = rotation
         # (a, b) turned is (a cos - b sin, b cos + a sin): a half turn of the head swaps a and b, and the sines of the
         # first half carry the minus, so that one roll does what transformers does with a negation and a concatenation.
@@ -170,6 +178,8 @@ def _layer(layer: Any, dtype: torch.dtype) -> Layer:
     return Layer(
         attention_norm=layer.input_layernorm,
         query_key_value=projection([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+        query_norm=getattr(attention, "q_norm", None),
+        key_norm=getattr(attention, "k_norm", None),
         output=projection([attention.o_proj], dtype),
         mlp_norm=layer.post_attention_layernorm,
         gate_up=projection([mlp.gate_proj, mlp.up_proj], dtype),
