@@ -345,6 +345,18 @@ PLANTED = [
         "datamodules/prompts.py", "renamed(rows, columns)", "renamed(rows, {})", "tests/test_custom_data.py -k any_name"
     ),
     Mutant(
+        "lightning_modules/generation/decoders.py",
+        "if known or steps_as_whole_rows(model) else",
+        "if True else",
+        "tests/test_decode.py -k cache",
+    ),
+    Mutant(
+        "lightning_modules/generation/transformers_decoder.py",
+        "self.rows = [self.rows[number] for number in rows.tolist()]",
+        "self.rows = self.rows[: len(rows)]",
+        "tests/test_decode.py -k forward_too",
+    ),
+    Mutant(
         "lightning_modules/generation/family_decoder.py",
         "layer.key_norm(turned[:, queries:])",
         "layer.query_norm(turned[:, queries:])",

@@ -25,9 +25,10 @@ from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
 from lightning_modules.forward.capabilities import capabilities
 from lightning_modules.forward.completions import completion_tokens, sequence_scores
 from lightning_modules.generation import decoders
-from lightning_modules.generation.decoders import TransformersDecoder, copied_bytes, decodes
+from lightning_modules.generation.decoders import copied_bytes, decodes
 from lightning_modules.generation.family_decoder import FamilyDecoder
 from lightning_modules.generation.sampler import sample_completions
+from lightning_modules.generation.transformers_decoder import TransformersDecoder
 from lightning_modules.models.adapter_files import LoraOptions, save_adapter
 from lightning_modules.models.adapters import add_adapter, at_start, halve_frozen, merged_weight, merged_weights
 from lightning_modules.models.identity import saved_tensors, tensors_digest, weights_digest

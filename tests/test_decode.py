@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -21,11 +23,19 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
-from lightning_modules.generation.decoders import TransformersDecoder, decoder, decodes
+from lightning_modules.generation.decoders import decoder, decodes
 from lightning_modules.generation.family_decoder import FamilyDecoder, of_like_length
 from lightning_modules.generation.projections import packs, projection
+from lightning_modules.generation.sampler import sample_completions
+from lightning_modules.generation.transformers_decoder import (
+    TransformersDecoder,
+    WholeRowDecoder,
+    steps_as_whole_rows,
+)
 
 SMALL = {
     "vocab_size": 300,
@@ -76,6 +86,15 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "a rotation that depends on the length": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=LONGROPE)),
 }
+FORGETFUL: dict[str, Callable[[], PreTrainedModel]] = {
+    "Mamba": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=300, hidden_size=24, num_hidden_layers=2, state_size=8, initializer_range=0.2)
+    ),
+    "RecurrentGemma": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**{name: value for name, value in SMALL.items() if name != "max_position_embeddings"})
+    ),
+}
+"""Those that transformers' cache, or padding before a prompt, makes forget or misread what they have read."""
 
 
 def made(recipe: Callable[[], PreTrainedModel]) -> Any:
@@ -145,11 +164,14 @@ def test_prompts_of_a_group_are_at_most_half_padding(lengths: list[int]) -> None
         assert len(groups) == 1
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "Llama"])
+@pytest.mark.parametrize("name", [*OTHERS, *FORGETFUL, "Llama"])
 def test_the_decoder_for_any_other_model_equals_the_forward_too(name: str) -> None:
-    model = made((FAMILY | OTHERS)[name])
+    model = made((FAMILY | OTHERS | FORGETFUL)[name])
     rows = prompts(3, 40, 17)
-    decoding = TransformersDecoder(model, rows, samples_per_prompt=2)
+    with torch.no_grad():
+        assert steps_as_whole_rows(model) is (name not in FORGETFUL)
+    kind = WholeRowDecoder if name in FORGETFUL else TransformersDecoder
+    decoding = kind(model, rows, samples_per_prompt=2)
     rows = [row for row in rows for _ in range(2)]
     with torch.no_grad():
         logits = decoding.start()
@@ -164,11 +186,32 @@ def test_the_decoder_for_any_other_model_equals_the_forward_too(name: str) -> No
             logits = decoding.step(tokens)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, *FORGETFUL])
 def test_an_architecture_that_is_not_exactly_known_goes_through_transformers(name: str) -> None:
-    model = made(OTHERS[name])
-    made_for = decoder(model, prompts(3), samples_per_prompt=1, max_completion_length=4)
-    assert isinstance(made_for, TransformersDecoder)
+    model = made((OTHERS | FORGETFUL)[name])
+    with torch.no_grad():
+        made_for = decoder(model, prompts(3), samples_per_prompt=1, max_completion_length=4)
+    assert type(made_for) is (WholeRowDecoder if name in FORGETFUL else TransformersDecoder)
+
+
+def test_a_model_that_is_silent_about_the_cache_is_told_of_and_samples_what_generate_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It keeps its state elsewhere: with a cache that it does not know each token would follow nothing."""
+    model = made(FORGETFUL["Mamba"])
+    rows = prompts(3, 17)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            found = sample_completions(
+                model, rows, max_completion_length=7, stop_token_ids=[], seeds=[1, 2], temperature=0.0
+            )
+    assert [record.getMessage() for record in caplog.records if "MambaForCausalLM" in record.getMessage()] == [
+        "MambaForCausalLM: a token at a time with transformers' cache gives other logits, so sampling reads whole rows "
+        "for each token, which is slow"
+    ]
+    for row, ids, mask in zip(rows, found.tokens.input_ids, found.tokens.completion_mask, strict=True):
+        theirs = model.generate(row.unsqueeze(0), max_new_tokens=7, do_sample=False, pad_token_id=0)[0, len(row) :]
+        assert ids[mask].tolist() == theirs.tolist()
 
 
 def test_a_replaced_layer_goes_through_transformers() -> None:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.batches import TokenBatch
 from lightning_modules.functional.sampling import draw_tokens
-from lightning_modules.generation.decoders import decoder, left_padded
+from lightning_modules.generation.decoders import decoder
 from lightning_modules.generation.modes import evaluating
+from lightning_modules.generation.transformers_decoder import left_padded
 
 STEPS_BETWEEN_LOOKS = 16
 """Tokens between looks for finished rows on an accelerator, where each look waits for it."""
