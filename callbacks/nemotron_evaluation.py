@@ -9,10 +9,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from callbacks.evaluation.cache import ScoreMemory, open_cache
-from callbacks.evaluation.completions import Decoding, completers
+from callbacks.evaluation.completions import REFERENCE, Decoding, check_reader, completers
 from callbacks.evaluation.evaluate import evaluate
 from callbacks.evaluation.monitors import Monitors
 from callbacks.evaluation.report import keep, report
@@ -24,6 +25,7 @@ from callbacks.lightning_internals import epochs_begun
 from core.errors import ConfigurationError
 from core.progress import bar
 from datamodules.base import ChatDataModule
+from datamodules.chat import load_tokenizer
 from datamodules.prompts import Prompt, load_prompts
 from lightning_modules.base import FineTuningModule, require
 from lightning_modules.models.identity import tensors_digest
@@ -122,29 +124,16 @@ class NemotronEvaluation(Callback):
             return
         assert isinstance(pl_module, FineTuningModule)
         if self.reference_model is not None:
-            load_config(self.reference_model, option="evaluation.reference_model")
+            load_config(self.reference_model, option=REFERENCE)
         elif stage == "validate":
             raise ConfigurationError("validate compares with evaluation.reference_model, which is not given")
         sources = remote_parts(self.reward)
         self._ranks = processes_for(self.reward)
 
         def prepare() -> None:
-            data = getattr(trainer, "datamodule", None)
-            data = data if isinstance(data, ChatDataModule) and data.dataset_name == self.dataset_name else None
-            if data is not None and self.columns:
-                raise ConfigurationError(
-                    f"the prompts are held-out rows of {self.dataset_name}, which is trained on: unset "
-                    "evaluation.columns, and name its columns in data.columns"
-                )
-            self._prompts = load_prompts(
-                self.dataset_name,
-                self.split,
-                tokenizer=pl_module.load_tokenizer(),
-                count=self.num_prompts,
-                max_length=self.max_prompt_length,
-                columns=self.columns,
-                held_out=data.prompt_rows(self.split) if data else None,
-            )
+            tokenizer = pl_module.load_tokenizer()
+            self._prompts = self._held_out(trainer, tokenizer)
+            self._check_readers(pl_module.model_name, tokenizer)
             open_cache(trainer, self.cache_dir).close()
             for source in sources:
                 source.share_budget(processes=trainer.world_size, rank=trainer.global_rank, machines=trainer.num_nodes)
@@ -154,6 +143,31 @@ class NemotronEvaluation(Callback):
                 )
 
         self._ranks.gather(prepare)
+
+    def _held_out(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        data = getattr(trainer, "datamodule", None)
+        data = data if isinstance(data, ChatDataModule) and data.dataset_name == self.dataset_name else None
+        if data is not None and self.columns:
+            raise ConfigurationError(
+                f"the prompts are held-out rows of {self.dataset_name}, which is trained on: unset "
+                "evaluation.columns, and name its columns in data.columns"
+            )
+        return load_prompts(
+            self.dataset_name,
+            self.split,
+            tokenizer=tokenizer,
+            count=self.num_prompts,
+            max_length=self.max_prompt_length,
+            columns=self.columns,
+            held_out=data.prompt_rows(self.split) if data else None,
+        )
+
+    def _check_readers(self, policy: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        messages = [prompt.messages for prompt in self._prompts]
+        check_reader(policy, tokenizer, messages, self.decoding, option="model.model_name")
+        if self.reference_model is not None:
+            own = load_tokenizer(self.reference_model, option=REFERENCE)
+            check_reader(self.reference_model, own, messages, self.decoding, option=REFERENCE)
 
     @override
     def state_dict(self) -> dict[str, Any]:

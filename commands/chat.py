@@ -21,7 +21,7 @@ from core.text import shown
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
 from datamodules.messages import Message, shortened
 from lightning_modules.generation.sampler import sample_completions
-from lightning_modules.models.loading import load_causal_lm, load_config
+from lightning_modules.models.loading import load_causal_lm, load_config, most_tokens
 from lightning_modules.rewards import Reward, resolve_reward
 from lightning_modules.rewards.base import checked_scores
 
@@ -70,7 +70,7 @@ class Speaker:
         self.name = name
         self.settings = settings
         self.tokenizer = load_tokenizer(model_name, option="DIR")
-        self.longest = getattr(load_config(model_name, option="DIR"), "max_position_embeddings", None) or sys.maxsize
+        self.longest = most_tokens(load_config(model_name, option="DIR")) or sys.maxsize
         if settings.max_completion_length >= self.longest:
             raise ConfigurationError(
                 f"{model_name} reads at most {self.longest} tokens; lower --max_completion_length "

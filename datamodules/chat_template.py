@@ -24,6 +24,14 @@ PROBE_BYTES = 1 << 30
 """Memory that a template may take for a conversation of two short turns."""
 
 
+class UnusableTemplateError(ConfigurationError):
+    """A chat template that nothing can be learned or sampled with, for the ``reason``."""
+
+    def __init__(self, reason: str, template: str) -> None:
+        super().__init__(f"{reason}; {another_template(template)}")
+        self.reason = reason
+
+
 class UnstableTemplateError(ConfigurationError):
     """A chat template that writes a prefix of a conversation otherwise than the conversation begins."""
 
@@ -83,8 +91,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     """Where an assistant turn ends under the tokenizer's template, and the token that generation stops on.
 
     Raises:
-        ConfigurationError: If the template does not show what a turn says, or closes a turn without a special token,
-            so that nothing could stop.
+        UnusableTemplateError: If the template does not show what a turn says, or closes a turn without a special
+            token, so that nothing could stop.
     """
     return _turn_end(tokenizer, str(tokenizer.chat_template))
 
@@ -97,19 +105,15 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
         with memory_limit(PROBE_BYTES):
             rendered = render(tokenizer, probe, add_generation_prompt=False)
     except TemplateRefusalError as error:
-        raise ConfigurationError(f"{error}; {another_template(template)}") from error
+        raise UnusableTemplateError(str(error), template) from error
     if not all(text in rendered for text in PROBE):
-        raise ConfigurationError(
-            f"the chat template leaves out what a turn says, as one made for lists of content parts does; "
-            f"{another_template(template)}"
-        )
+        reason = "the chat template leaves out what a turn says, as one made for lists of content parts does"
+        raise UnusableTemplateError(reason, template)
     after_content = rendered.rpartition(PROBE[1])[2]
     special = _special_token_pattern(tokenizer, len(tokenizer)).search(after_content)
     if special is None:
-        raise ConfigurationError(
-            f"the chat template ends an assistant turn with {after_content!r}, which holds no special token to stop "
-            f"on; {another_template(template)}"
-        )
+        told = f"ends an assistant turn with {after_content!r}, which holds no special token to stop on"
+        raise UnusableTemplateError(f"the chat template {told}", template)
     token_id: int = tokenizer.convert_tokens_to_ids(special.group())  # type: ignore[assignment]
     return TurnEnd(after_content[: special.end()], after_content[special.end() :], token_id)
 

@@ -24,7 +24,13 @@ from datamodules.chat import load_tokenizer, stop_token_ids
 from datamodules.formats import Task
 from lightning_modules.adapted import AdaptedModule, global_seed
 from lightning_modules.models.adapter_files import LoraOptions
-from lightning_modules.models.loading import Quantization, load_causal_lm, load_config, recompute_activations
+from lightning_modules.models.loading import (
+    Quantization,
+    load_causal_lm,
+    load_config,
+    most_tokens,
+    recompute_activations,
+)
 from lightning_modules.models.sharding import Sharding, shard, turn_to_load
 from lightning_modules.optimiser_step import OptimiserStep, make_optimizer
 
@@ -103,7 +109,7 @@ class FineTuningModule(AdaptedModule):
                 f"{type(self).__name__} trains on {self.task}, the data module yields {task}; "
                 f"set data.task to {self.task}, or take a dataset that has them"
             )
-        limit = getattr(load_config(self.model_name), "max_position_embeddings", None)
+        limit = most_tokens(load_config(self.model_name))
         longest = self.longest_sequence(data)
         if limit is not None and longest > limit:
             raise ConfigurationError(

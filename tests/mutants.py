@@ -416,7 +416,7 @@ PLANTED = [
     ),
     Mutant(
         "lightning_modules/generation/sampler.py",
-        " if token < model.config.vocab_size]",
+        " if token < vocabulary]",
         "]",
         "tests/test_generation.py -k vocabulary",
     ),

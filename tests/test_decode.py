@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -36,6 +38,7 @@ from lightning_modules.generation.transformers_decoder import (
     WholeRowDecoder,
     steps_as_whole_rows,
 )
+from lightning_modules.models.loading import most_tokens
 
 SMALL = {
     "vocab_size": 300,
@@ -212,6 +215,27 @@ def test_a_model_that_is_silent_about_the_cache_is_told_of_and_samples_what_gene
     for row, ids, mask in zip(rows, found.tokens.input_ids, found.tokens.completion_mask, strict=True):
         theirs = model.generate(row.unsqueeze(0), max_new_tokens=7, do_sample=False, pad_token_id=0)[0, len(row) :]
         assert ids[mask].tolist() == theirs.tolist()
+
+
+def test_a_model_whose_text_is_a_part_of_its_configuration_is_sampled_from() -> None:
+    """As Gemma 3, which reads pictures too: the vocabulary is its text model's."""
+    picture = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**SMALL, "head_dim": 8, "sliding_window": 16},
+        vision_config={**picture, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=299,
+    )
+    model = made(lambda: Gemma3ForConditionalGeneration(config))
+    assert most_tokens(model.config) == SMALL["max_position_embeddings"]
+    rows = prompts(3, 20)
+    found = sample_completions(
+        model, rows, max_completion_length=5, stop_token_ids=[300], seeds=[1, 2], temperature=0.0
+    )
+    for row, ids, mask in zip(rows, found.tokens.input_ids, found.tokens.completion_mask, strict=True):
+        for token in ids[mask]:
+            assert token == by_forward(model, row).argmax()
+            row = torch.cat([row, token.view(1)])
 
 
 def test_a_replaced_layer_goes_through_transformers() -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from callbacks.evaluation.metrics import Pair, Side, cannot_tell
 from core.errors import ConfigurationError
 from core.ranks import Ranks
 from datamodules.chat import load_tokenizer
+from datamodules.chat_template import CHATML_TEMPLATE
 from datamodules.messages import Message
 from lightning_modules.functional.statistics import prompts_needed
 from lightning_modules.models.identity import weights_digest
@@ -256,6 +259,41 @@ def test_reference_scores_are_kept_apart_by_judge_and_its_options() -> None:
 )
 def test_the_key_goes_over_tls_or_stays_on_this_machine(url: str, may: bool) -> None:
     assert keeps_a_secret(url) is may
+
+
+def without_tokenizer(directory: Path) -> str:
+    for file in directory.glob("*token*"):
+        file.unlink()
+    return r"no tokenizer in .*; change evaluation.reference_model"
+
+
+def of_few_positions(directory: Path) -> str:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 10}))
+    return r"reads at most 10 tokens, the evaluation's prompts .* may have 27; lower evaluation.max_prompt_length or"
+
+
+def without_questions(directory: Path) -> str:
+    refusal = "{% if messages[0].content[0] == 'q' %}{{ raise_exception('no questions') }}{% endif %}"
+    (directory / "chat_template.jinja").write_text(refusal + CHATML_TEMPLATE)
+    return r"cannot be asked the evaluation's prompts: .*no questions.*; change evaluation.reference_model$"
+
+
+def without_what_is_said(directory: Path) -> str:
+    (directory / "chat_template.jinja").write_text("<|im_end|>")
+    return r"prompts: the chat template leaves out what a turn says.*; change evaluation.reference_model$"
+
+
+@pytest.mark.parametrize("spoil", [without_tokenizer, of_few_positions, without_questions, without_what_is_said])
+def test_a_reference_that_cannot_answer_is_refused_before_a_model_is_loaded(
+    spoil: Callable[[Path], str], talks: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_modules.base.load_causal_lm", lambda *_, **__: pytest.fail("a model was loaded"))
+    reference = tmp_path / "reference"
+    shutil.copytree(tiny_model_dir, reference)
+    message = spoil(reference)
+    with pytest.raises(ConfigurationError, match=message):
+        run(talks, tiny_model_dir, evaluation(talks, brevity, reference_model=str(reference)), root=tmp_path)
 
 
 class WithAnother(Ranks[Any]):

@@ -11,16 +11,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.evaluation.cache import EvaluationCache, cache_key
 from callbacks.evaluation.metrics import Side
+from core.errors import ConfigurationError
 from core.progress import bar
 from core.ranks import Ranks
 from datamodules.chat import encode_conversation, load_tokenizer, stop_token_ids
+from datamodules.chat_template import UnusableTemplateError
 from datamodules.messages import Message
+from datamodules.rendering import TemplateRefusalError
 from lightning_modules.base import FineTuningModule
 from lightning_modules.generation.sampler import Samples, sample_completions
 from lightning_modules.models.identity import directory_digest, weights_digest
-from lightning_modules.models.loading import load_causal_lm
+from lightning_modules.models.loading import load_causal_lm, load_config, most_tokens
 from lightning_modules.models.reference import make_reference
 from lightning_modules.models.sharding import gathered, in_step
+
+REFERENCE = "evaluation.reference_model"
+"""The option that names what a policy is compared with."""
 
 
 class Decoding(NamedTuple):
@@ -154,6 +160,33 @@ def encode(
     return asked
 
 
+def check_reader(
+    model_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[Message]],
+    decoding: Decoding,
+    *,
+    option: str,
+) -> None:
+    """Try to write the prompts as a model gets them, and see that it can read them with their completions.
+
+    Raises:
+        ConfigurationError: If it cannot.
+    """
+    limit = most_tokens(load_config(model_name, option=option))
+    try:
+        asked = [encode_conversation(tokenizer, prompt, add_generation_prompt=True).input_ids for prompt in prompts]
+    except (TemplateRefusalError, UnusableTemplateError) as error:
+        told = f"{model_name} cannot be asked the evaluation's prompts: {error.reason}"
+        raise ConfigurationError(f"{told}; change {option}") from error
+    longest = max(map(len, asked), default=0) + decoding.max_completion_length
+    if limit is not None and longest > limit:
+        raise ConfigurationError(
+            f"{model_name} reads at most {limit} tokens, the evaluation's prompts with their completions may have "
+            f"{longest}; lower evaluation.max_prompt_length or evaluation.max_completion_length, or change {option}"
+        )
+
+
 def is_start(module: FineTuningModule, reference_model: str | None) -> bool:
     """Whether an evaluation's reference is the starting policy; one that is quantised is another than it was named."""
     return reference_model is None or (reference_model == module.model_name and module.quantization is None)
@@ -174,18 +207,17 @@ def completers(
         ranks: The processes of the run.
         options: Of Completer that both have.
     """
-    option = "evaluation.reference_model"
     starts = is_start(module, reference_model)
     name, tokenizer = module.model_name, module.tokenizer
     if reference_model is not None:
-        name, tokenizer = reference_model, load_tokenizer(reference_model, option=option)
+        name, tokenizer = reference_model, load_tokenizer(reference_model, option=REFERENCE)
     reference = make_reference(
         None if starts else name,
         adapted=module.lora is not None,
         name=name,
-        start=lambda: load_causal_lm(name, tokenizer, option=option),
+        start=lambda: load_causal_lm(name, tokenizer, option=REFERENCE),
         tokenizer=lambda: tokenizer,
-        option=option,
+        option=REFERENCE,
     )
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from callbacks.evaluation.completions import is_start
+from callbacks.evaluation.completions import REFERENCE, is_start
 from commands.planning.batch import Largest
 from commands.planning.trace import Passes, Size, Traced, added, counted, sized, trace
 from lightning_modules.base import FineTuningModule
@@ -207,7 +207,7 @@ class Account:
         named = self.run.evaluation.reference_model
         if self.module.lora is not None and is_start(self.module, named):
             return Size(0)
-        found = parameters(named or self.module.model_name, option="evaluation.reference_model")
+        found = parameters(named or self.module.model_name, option=REFERENCE)
         return found.times(self.weight_bytes)
 
     def sampler(self, rows: int, length: int) -> dict[str, Size]:

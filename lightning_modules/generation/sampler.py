@@ -75,7 +75,8 @@ def sample_completions(
         on_tokens: Told after each step the samples at hand, a token of each, and of which it is a further one, as on an
             accelerator one may stay that has ended; what it raises ends all.
     """
-    stops = torch.tensor([token for token in stop_token_ids if token < model.config.vocab_size], dtype=torch.long)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    stops = torch.tensor([token for token in stop_token_ids if token < vocabulary], dtype=torch.long)
     pad_token_id = int(stops[0]) if len(stops) else 0
     uniforms = _uniforms(seeds, max_completion_length).to(model.device)
     stops = stops.to(model.device)

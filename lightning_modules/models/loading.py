@@ -48,6 +48,12 @@ def load_config(model_name: str, *, option: str = "model.model_name") -> Any:
     return config
 
 
+def most_tokens(config: Any) -> int | None:
+    """How many tokens a model reads at most; None where its configuration does not say."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def without_weights(model_name: str, *, option: str = "model.model_name") -> Any:
     """The model on the meta device, where tensors have sizes and no content."""
     with torch.device("meta"):

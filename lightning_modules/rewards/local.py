@@ -16,7 +16,7 @@ from datamodules.chat_template import UnstableTemplateError
 from datamodules.messages import Message
 from lightning_modules.forward.completions import position_ids, sequence_scores
 from lightning_modules.models.identity import directory_digest
-from lightning_modules.models.loading import load_causal_lm, load_config, load_reward_model
+from lightning_modules.models.loading import load_causal_lm, load_config, load_reward_model, most_tokens
 
 
 class ModelReward:
@@ -55,7 +55,7 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[float]:
         model, tokenizer = self.load()
-        limit = min(self.max_length, getattr(model.config, "max_position_embeddings", None) or self.max_length)
+        limit = min(self.max_length, most_tokens(model.config) or self.max_length)
         encoded = [
             conversation_ids(tokenizer, [*prompt, {"role": "assistant", "content": text}])
             for prompt, text in zip(prompts, completions, strict=True)
