@@ -16,7 +16,7 @@ from core.errors import ConfigurationError
 from lightning_modules.models.adapter_files import LoraOptions, base_of
 from lightning_modules.models.adapters import add_adapter, halve_frozen, merged_weights
 from lightning_modules.models.identity import tensors_digest
-from lightning_modules.models.loading import Quantization, load_config
+from lightning_modules.models.loading import Quantization, freeze_unread, load_config
 from lightning_modules.models.parts import whole
 
 
@@ -53,6 +53,7 @@ class AdaptedModule(LightningModule):
             add_adapter(model, self.lora, start=self.model_name, seed=int(global_seed()))
             if getattr(self._trainer, "precision", None) == "bf16-mixed" and self.base_dtype == torch.bfloat16:
                 halve_frozen(model)
+        freeze_unread(model)
         model.train()
         return model
 

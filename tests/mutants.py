@@ -345,6 +345,12 @@ PLANTED = [
         "datamodules/prompts.py", "renamed(rows, columns)", "renamed(rows, {})", "tests/test_custom_data.py -k any_name"
     ),
     Mutant(
+        "lightning_modules/adapted.py",
+        "        freeze_unread(model)\n",
+        "",
+        "tests/test_modules.py -k sees_too",
+    ),
+    Mutant(
         "lightning_modules/generation/decoders.py",
         "if known or steps_as_whole_rows(model) else",
         "if True else",

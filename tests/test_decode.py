@@ -100,6 +100,17 @@ FORGETFUL: dict[str, Callable[[], PreTrainedModel]] = {
 """Those that transformers' cache, or padding before a prompt, makes forget or misread what they have read."""
 
 
+def seeing(**text: Any) -> Gemma3Config:
+    """The configuration of a model that reads pictures too."""
+    picture = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        text_config={**SMALL, "head_dim": 8, "sliding_window": 16, **text},
+        vision_config={**picture, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=299,
+    )
+
+
 def made(recipe: Callable[[], PreTrainedModel]) -> Any:
     """Random weights, biases and norms included: their initial zeros and ones would hide a mistake."""
     torch.manual_seed(0)
@@ -219,14 +230,7 @@ def test_a_model_that_is_silent_about_the_cache_is_told_of_and_samples_what_gene
 
 def test_a_model_whose_text_is_a_part_of_its_configuration_is_sampled_from() -> None:
     """As Gemma 3, which reads pictures too: the vocabulary is its text model's."""
-    picture = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config={**SMALL, "head_dim": 8, "sliding_window": 16},
-        vision_config={**picture, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-        image_token_index=299,
-    )
-    model = made(lambda: Gemma3ForConditionalGeneration(config))
+    model = made(lambda: Gemma3ForConditionalGeneration(seeing()))
     assert most_tokens(model.config) == SMALL["max_position_embeddings"]
     rows = prompts(3, 20)
     found = sample_completions(

@@ -13,14 +13,19 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
+from transformers import Gemma3ForConditionalGeneration
 
 from core.errors import ConfigurationError
 from datamodules.batches import PreferenceBatch, PromptBatch, TokenBatch, pad
 from datamodules.messages import Message
 from lightning_modules import DPOModule, RewardModule, RLOOModule, SFTModule
+from lightning_modules.forward.completions import completion_tokens, sequence_scores
+from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.loading import load_causal_lm
 from lightning_modules.optimiser_step import unmoved
 from tests.command_line import Cli, assert_refused
+from tests.conftest import tiny_tokenizer
+from tests.test_decode import made, seeing
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -495,3 +500,28 @@ def test_an_optimiser_that_takes_matrices_alone_is_told(tiny_model_dir: Path) ->
     module = SFTModule(model_name=str(tiny_model_dir), optimizer=torch.optim.Muon)
     with pytest.raises(ConfigurationError, match=r"model.optimizer does not take .*Muon only supports 2D"):
         first_gradients(module, [tokens([0, 1])])
+
+
+@pytest.mark.parametrize(("kind", "lora"), [(SFTModule, None), (SFTModule, LoraOptions(2)), (RewardModule, None)])
+def test_of_a_model_that_sees_too_the_weights_that_text_goes_through_train(
+    kind: Any, lora: LoraOptions | None, tmp_path: Path
+) -> None:
+    """The others would be parameters without a gradient, which DDP does not take."""
+    if lora is not None:
+        pytest.importorskip("peft", reason="the extra [lora] is not installed")
+    tokenizer = tiny_tokenizer()
+    made(lambda: Gemma3ForConditionalGeneration(seeing(vocab_size=len(tokenizer)))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    module = kind(model_name=str(tmp_path), lora=lora)
+    module.configure_model()
+    tokens = pad([[5, 6, 7, 8]], [[False, True, True, True]], pad_token_id=0)
+    if kind is RewardModule:
+        sequence_scores(module.model, tokens).sum().backward()
+    else:
+        completion_tokens(module.model, tokens).log_probs.sum().backward()
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    moved = {name for name, parameter in module.model.named_parameters() if parameter.grad is not None}
+    assert moved == trained
+    assert any(".language_model." in name for name in trained)
+    assert not any("vision" in name or "multi_modal" in name for name in trained)
+    assert any("vision" in name for name, _ in module.model.named_parameters())

@@ -228,6 +228,18 @@ def recompute_activations(model: Any, *, adapted: bool) -> None:
         model.enable_input_require_grads()  # or no gradient would enter the first layer
 
 
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Keep the parts of a model that no text goes through, as those that see, as they are: they get no gradient."""
+    if model.config.get_text_config() is model.config:
+        return
+    heads = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None))
+    parts: list[Any] = [model.get_decoder(), *(head for head in heads if head is not None)]
+    read = {id(parameter) for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
+
+
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Switch every kind of dropout off, in train mode too."""
     for module in model.modules():
