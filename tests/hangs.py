@@ -49,6 +49,7 @@ CASES: Mapping[str, Case] = {
     "step-raises": Case("SFTModule", "lightning_modules.sft.completion_losses"),
     "validation-raises": Case("SFTModule", "lightning_modules.sft.completion_tokens"),
     "evaluation-raises": Case("SFTModule", "callbacks.evaluation.evaluate.score_share", call=1),
+    "completing-raises": Case("SFTModule", "callbacks.evaluation.completions.sample_completions", call=1),
     "loading-raises": Case("DPOModule", "lightning_modules.dpo.weights_digest", call=1),
     "killed-in-a-step": Case("SFTModule", "lightning_modules.sft.completion_losses", kills=True),
     "killed-in-sampling": Case("RLOOModule", "lightning_modules.rloo.sample_completions", kills=True),

@@ -98,7 +98,7 @@ def test_validation_figures_are_the_same_where_three_processes_share_a_model(roo
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_those_that_share_its_model_at_once() -> None:
-    in_a_process_of_its_own("tests.hangs", "--sharded", "--cases", "killed-in-sampling", "evaluation-raises")
+    in_a_process_of_its_own("tests.hangs", "--sharded", "--cases", "killed-in-sampling", "completing-raises")
 
 
 @pytest.mark.slow

@@ -91,11 +91,7 @@ class Completer:
 
         Every process is to come here, and raises if one fails.
         """
-        arithmetic = f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
-        digest = f"{self.digest} {arithmetic}"
-        asked = self.ranks.own(lambda: encode(self.tokenizer, prompts, model_digest=digest, decoding=self.decoding))
-        kept = {number: self.cache.completion(one.key) for number, one in asked.items()}
-        sides = {number: Side(*side) for number, side in kept.items() if side is not None}
+        asked, sides = self.ranks.own(lambda: self._look_up(prompts))
         missing = {number: one for number, one in asked.items() if number not in sides}
         with bar(self.trainer, self.title, len(prompts)) as told:
             told.update(len(sides))
@@ -103,6 +99,13 @@ class Completer:
                 with self.opened() as model:
                     sides |= self.ranks.own(lambda: self._complete(model, missing, told.update))
         return [sides[number] for number in prompts]
+
+    def _look_up(self, prompts: Mapping[int, list[Message]]) -> tuple[dict[int, Asked], dict[int, Side]]:
+        arithmetic = f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
+        digest = f"{self.digest} {arithmetic}"
+        asked = encode(self.tokenizer, prompts, model_digest=digest, decoding=self.decoding)
+        kept = {number: self.cache.completion(one.key) for number, one in asked.items()}
+        return asked, {number: Side(*side) for number, side in kept.items() if side is not None}
 
     def _complete(
         self, model: PreTrainedModel, missing: Mapping[int, Asked], on_completion: Callable[[int], object]
