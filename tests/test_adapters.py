@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from callbacks.evaluation.cache import EvaluationCache
-from callbacks.evaluation.completions import Decoding, completers
+from callbacks.evaluation.completions import Decoding, completers, is_start
 from core.errors import ConfigurationError
 from core.ranks import Ranks
 from datamodules.batches import PromptBatch, TokenBatch, pad
@@ -464,6 +464,8 @@ def test_weights_of_few_bits_are_trained_beside_and_are_in_no_checkpoint(
     assert {tensor.dtype for tensor in saved_tensors(run / "final")} == {torch.float32}
     if method == "SFTModule":
         module = SFTModule(model_name=str(base), lora=LoraOptions(4), quantization="nf4")
+        assert is_start(module, None)
+        assert not is_start(module, str(base)), "which is not in few bits"
         module.configure_model()
         module.load_state_dict(saved, strict=False)
         module.cpu()  # a GPU is where they are loaded, if there is one
