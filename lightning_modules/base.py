@@ -31,6 +31,7 @@ from lightning_modules.models.loading import (
     most_tokens,
     recompute_activations,
 )
+from lightning_modules.models.parts import body_of
 from lightning_modules.models.sharding import Sharding, shard, turn_to_load
 from lightning_modules.optimiser_step import OptimiserStep, make_optimizer
 
@@ -138,7 +139,7 @@ class FineTuningModule(AdaptedModule):
             if self.gradient_checkpointing:
                 recompute_activations(self.model, adapted=self.lora is not None)
             if self.compile_model:
-                self.model.base_model.compile()  # type: ignore[operator]  # what every forward pass goes through
+                body_of(self.model).compile()  # what every forward pass goes through
             if sharding is not None:
                 shard(self.model, sharding)
         # Constant buffers (rotary frequencies): broadcasting them each forward would make ranks with a batch more wait.

@@ -23,6 +23,7 @@ from lightning_modules.functional.head import CHUNK_BYTES, head_log_probs
 from lightning_modules.models.adapter_files import LoraOptions
 from lightning_modules.models.adapters import add_adapter
 from lightning_modules.models.loading import recompute_activations
+from lightning_modules.models.parts import body_of
 
 FEW, MORE = 2, 3
 """Layers that are run."""
@@ -200,7 +201,7 @@ def counted(tensor: Tensor) -> Size:
 
 def _loss(model: Any, inputs: dict[str, Any], token_ids: Tensor, how: Passes) -> Tensor:
     """The sum of what the head says of the predicted tokens, as the methods read it."""
-    states = model.base_model(**inputs).last_hidden_state[0]
+    states = body_of(model)(**inputs).last_hidden_state[0]
     hidden: Tensor = states.index_select(0, token_ids)
     if not how.head:
         return hidden.sum()

@@ -13,6 +13,7 @@ from datamodules.batches import TokenBatch, pad
 from lightning_modules.forward import attention
 from lightning_modules.forward.layout import flatten, model_inputs, position_ids
 from lightning_modules.generation.modes import evaluating
+from lightning_modules.models.parts import body_of
 from lightning_modules.models.sharding import plain_class, run
 
 
@@ -43,7 +44,7 @@ def capabilities(model: PreTrainedModel) -> Capabilities:
 def _longest_flat_row(model: PreTrainedModel) -> float:
     name = plain_class(model).__name__
     config: Any = model.config.get_text_config()
-    if getattr(model.base_model, "_compiled_call_impl", None) is not None:
+    if getattr(body_of(model), "_compiled_call_impl", None) is not None:
         rank_zero_info(f"{name}: batches stay padded, as flat ones would be compiled again and again")
         return 0.0
     if config._attn_implementation != attention.NAME:
@@ -75,7 +76,7 @@ def _probe(model: PreTrainedModel) -> TokenBatch:
 def _flat_difference(model: PreTrainedModel) -> float:
     """By how much hidden states of flat rows differ from those of padded ones, relative to their size."""
     batch = _probe(model)
-    body: Any = model.base_model
+    body = body_of(model)
     padded: Tensor = run(model, body, **padded_inputs(batch)).last_hidden_state[batch.attention_mask]
     laid_flat = flatten(batch, groups=[0, 0, 1])
     flat: Tensor = run(model, body, **model_inputs(laid_flat)).last_hidden_state[0, laid_flat.flat_index]
@@ -111,7 +112,7 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
         logits = model(**padded_inputs(batch)).logits
     finally:
         handle.remove()
-    body: Any = model.base_model
+    body = body_of(model)
     hidden = run(model, body, **padded_inputs(batch)).last_hidden_state
     if len(given) == 1 and torch.equal(logits, given[0]) and torch.allclose(taken[0], hidden, rtol=1e-2, atol=1e-2):
         return True

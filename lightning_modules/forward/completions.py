@@ -14,6 +14,7 @@ from lightning_modules.forward.layout import flatten, model_inputs
 from lightning_modules.forward.layout import position_ids as position_ids
 from lightning_modules.functional.head import HeadOutput, chunks_of, head_log_probs
 from lightning_modules.functional.log_probs import token_entropy, token_kl, token_log_probs
+from lightning_modules.models.parts import body_of
 from lightning_modules.models.sharding import run
 
 
@@ -58,7 +59,7 @@ def states_at(
     model: PreTrainedModel, batch: TokenBatch, wanted: Int[Tensor, " wanted"], groups: Sequence[int] | None = None
 ) -> Float[Tensor, "wanted hidden"]:
     """Last hidden states of attended tokens, given by their numbers in reading order; no padding where that can be."""
-    body: Any = model.base_model
+    body = body_of(model)
     mask = batch.attention_mask
     longest = capabilities(model).longest_flat_row
     if longest >= mask.shape[1] or longest >= mask.sum(1).max():

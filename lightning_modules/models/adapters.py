@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from core.errors import ConfigurationError
 from lightning_modules.models.adapter_files import TRAINED, LoraOptions, check_same, is_adapter, read_weights
-from lightning_modules.models.parts import whole
+from lightning_modules.models.parts import body_of, whole
 
 REFERENCE = "reference"
 """Name of what the trained adapter was at the start, where that was not zero."""
@@ -85,7 +85,7 @@ def halve_frozen(model: PreTrainedModel) -> None:
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Last names of all linear layers of the model's body."""
-    body: Any = model.base_model
+    body = body_of(model)
     kinds = (nn.Linear, Conv1D)
     return sorted({name.rpartition(".")[2] for name, module in body.named_modules() if isinstance(module, kinds)})
 
