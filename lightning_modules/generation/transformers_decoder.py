@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from lightning_modules.forward.completions import position_ids
@@ -53,15 +54,22 @@ class TransformersDecoder:
         self.attention_mask, self.positions = self.attention_mask[rows], self.positions[rows]
 
     def _forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
-        cached: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        mask, positions = self.attention_mask, self.positions
-        return last_logits(self.model, input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
+        logits = forward(
+            self.model,
+            input_ids=ids,
+            attention_mask=self.attention_mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            logits_to_keep=1,
+            use_cache=True,
+        )
+        return logits[:, -1]
 
 
 class WholeRowDecoder:
-    """Reads each row anew for every token, with others of its length alone: slow, and right for any model.
+    """Reads each row anew for every token: slow, and right for any model.
 
-    No state is kept, and nothing is padded, which a recurrent model would take for text.
+    No state is kept, and padding stands behind a row, where a token that looks back alone does not see it.
     """
 
     def __init__(
@@ -87,21 +95,21 @@ class WholeRowDecoder:
         self.rows = [self.rows[number] for number in rows.tolist()]
 
     def _read(self) -> Float[Tensor, "batch vocab"]:
-        found: dict[int, Tensor] = {}
-        for length in {len(row) for row in self.rows}:
-            numbers = [number for number, row in enumerate(self.rows) if len(row) == length]
-            ids = torch.stack([self.rows[number] for number in numbers])
-            logits = last_logits(self.model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            found.update(zip(numbers, logits, strict=True))
-        return torch.stack([found[number] for number in range(len(self.rows))])
+        ends = torch.tensor([len(row) - 1 for row in self.rows], device=self.model.device)
+        ids = pad_sequence(self.rows, batch_first=True)
+        mask = torch.arange(ids.shape[1], device=ids.device) <= ends.unsqueeze(1)
+        places, place = ends.unique(return_inverse=True)
+        logits = forward(self.model, input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=places)
+        of_all = logits.shape[1] > len(places)  # as RWKV gives them
+        return logits[torch.arange(len(ids), device=ids.device), ends if of_all else place]
 
 
-def last_logits(model: Any, **inputs: Any) -> Float[Tensor, "batch vocab"]:
-    """A forward pass, as far as the next token; of a model that is sharded all who share it make it together."""
+def forward(model: Any, **inputs: Any) -> Float[Tensor, "batch time vocab"]:
+    """Logits of a forward pass; of a model that is sharded all who share it make it together."""
     if sharding_of(model) is not None:
         go_on(model)
-    logits: Tensor = model(**inputs, logits_to_keep=1).logits
-    return logits[:, -1]
+    logits: Tensor = model(**inputs).logits
+    return logits
 
 
 def steps_as_whole_rows(model: PreTrainedModel) -> bool:
