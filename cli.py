@@ -171,15 +171,12 @@ def mendable(error: BaseException | None) -> BaseException | None:
 
 def lost_process(error: BaseException) -> str:
     """What to say where the run ends here because it has ended elsewhere; empty where it has not."""
-    from torch.distributed import DistError
-
-    from core.errors import ProcessError
+    from core.errors import ProcessError, is_of_another_process
 
     if isinstance(error, ProcessError):
         return str(error)
-    text = str(error)
-    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
-        return f"another process of this run ended or does not answer; what it printed says why ({text[:200]})"
+    if is_of_another_process(error):
+        return f"another process of this run ended or does not answer; what it printed says why ({str(error)[:200]})"
     return ""
 
 

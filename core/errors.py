@@ -11,3 +11,10 @@ class NotWrittenError(ConfigurationError):
 
 class ProcessError(RuntimeError):
     """Another process of the run failed, and says why itself; ``cli.py`` prints one line."""
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether what failed is that another process of the run ended, or does not answer."""
+    from torch.distributed import DistError  # not above: who only prints help does without torch
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 
 from datamodules.batches import TokenBatch
 from lightning_modules.forward import attention
-from lightning_modules.forward.capabilities import Capabilities, capabilities
+from lightning_modules.forward.capabilities import Capabilities, attempted, capabilities
 from lightning_modules.forward.completions import completion_states, completion_tokens, read_tokens, states_kl
 from lightning_modules.forward.layout import flatten
 from lightning_modules.functional import head
@@ -274,3 +275,20 @@ def test_weights_five_per_cent_off_are_no_common_factor() -> None:
     assert head.common_factor(3 * weights, weights) == pytest.approx(3.0)
     assert head.common_factor(3 * weights * torch.tensor([1.0, 1.05, 1.0]), weights) is None
     assert head.common_factor(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3)) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no room"), RuntimeError("[../gloo/tcp/pair.cc] Connection closed by peer")][
+        torch.OutOfMemoryError("no room"), RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")
+    ],
+)
+def test_a_probe_blames_no_model_for_what_is_not_its_doing(error: Exception) -> None:
+    def probe(raised: Exception) -> float:
+        raise raised
+
+    with pytest.raises(type(error), match=str(error).partition("] ")[2] or "no room"):
+        attempted(lambda: probe(error), "gives others")
+    assert attempted(lambda: probe(TypeError("no such\ninput")), "gives others") == (math.inf, "fails (no such)")
+    assert attempted(lambda: math.nan, "gives others") == (math.inf, "gives others")
+    assert attempted(lambda: 0.5, "gives others") == (0.5, "gives others")

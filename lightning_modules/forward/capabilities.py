@@ -1,6 +1,7 @@
 """What a model's forward pass allows, found out once on the model itself, by comparing with its plain forward pass."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from core.errors import is_of_another_process
 from datamodules.batches import TokenBatch, pad
 from lightning_modules.forward import attention
 from lightning_modules.forward.layout import flatten, model_inputs, position_ids
@@ -50,19 +52,34 @@ def _longest_flat_row(model: PreTrainedModel) -> float:
     if config._attn_implementation != attention.NAME:
         rank_zero_info(f"{name}: attention {config._attn_implementation!r} takes no flat rows, so batches stay padded")
         return 0.0
-    try:
-        difference, reason = _flat_difference(model), "gives other hidden states"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model may do with inputs that it does not know
-        told = str(error).strip() or type(error).__name__
-        difference, reason = math.inf, f"fails ({told.splitlines()[0]})"
-    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-    if difference > (5e-3 if exact else 0.05):  # rounding, where other tokens attended to make more than 0.1
+    difference, reason = attempted(lambda: _flat_difference(model), "gives other hidden states")
+    if difference > (5e-3 if is_exact(model) else 0.05):  # rounding, where other tokens attended to make more than 0.1
         rank_zero_info(f"{name}: a batch without padding {reason}, so batches stay padded")
         return 0.0
     windows = [getattr(config, option, None) for option in ("sliding_window", "attention_chunk_size")]
     return min((float(window) for window in windows if window), default=math.inf)
+
+
+def attempted(probe: Callable[[], float], otherwise: str) -> tuple[float, str]:
+    """By how much a model's numbers differ where it is used in another way, and what to say if that is too much.
+
+    A model that fails there differs without end. What is not its own doing is raised.
+    """
+    try:
+        difference = probe()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model may do with inputs that it does not know
+        if is_of_another_process(error):
+            raise
+        told = str(error).strip() or type(error).__name__
+        return math.inf, f"fails ({told.splitlines()[0]})"
+    return (difference if math.isfinite(difference) else math.inf), otherwise
+
+
+def is_exact(model: PreTrainedModel) -> bool:
+    """Whether the model computes in float32, here and now."""
+    return model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
 
 
 def _probe(model: PreTrainedModel) -> TokenBatch:
@@ -80,8 +97,7 @@ def _flat_difference(model: PreTrainedModel) -> float:
     padded: Tensor = run(model, body, **padded_inputs(batch)).last_hidden_state[batch.attention_mask]
     laid_flat = flatten(batch, groups=[0, 0, 1])
     flat: Tensor = run(model, body, **model_inputs(laid_flat)).last_hidden_state[0, laid_flat.flat_index]
-    difference = ((flat - padded).float().norm(dim=-1) / padded.float().norm(dim=-1)).max().item()
-    return difference if math.isfinite(difference) else math.inf
+    return float(((flat - padded).float().norm(dim=-1) / padded.float().norm(dim=-1)).max())
 
 
 def padded_inputs(batch: TokenBatch) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Decoding by transformers' own forward, of any causal language model: by its cache where that works, else without."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from lightning_modules.forward.capabilities import attempted, is_exact
 from lightning_modules.forward.completions import position_ids
 from lightning_modules.models.sharding import go_on, plain_class, sharding_of
 
@@ -119,15 +119,8 @@ def steps_as_whole_rows(model: PreTrainedModel) -> bool:
     padding for text: their samples would be of a model that has forgotten what it has read.
     """
     if model not in _KNOWN:
-        try:
-            difference, reason = _difference(model), "gives other logits"
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model may do with a cache that it does not know
-            told = str(error).strip() or type(error).__name__
-            difference, reason = math.inf, f"fails ({told.splitlines()[0]})"
-        exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-        _KNOWN[model] = difference <= (TOLERANCE if exact else HALF_TOLERANCE)
+        difference, reason = attempted(lambda: _difference(model), "gives other logits")
+        _KNOWN[model] = difference <= (TOLERANCE if is_exact(model) else HALF_TOLERANCE)
         if not _KNOWN[model]:
             rank_zero_info(
                 f"{plain_class(model).__name__}: a token at a time with transformers' cache {reason}, so sampling "
@@ -156,8 +149,7 @@ def _difference(model: PreTrainedModel) -> float:
     for stepped, whole in logits:
         sizes = (whole - whole.mean(-1, keepdim=True)).float().norm(dim=-1)
         differences.append((stepped - whole).float().norm(dim=-1) / sizes)
-    difference = float(torch.cat(differences).median())
-    return difference if math.isfinite(difference) else math.inf
+    return float(torch.cat(differences).median())
 
 
 def left_padded(
