@@ -82,7 +82,7 @@ def test_a_rank_that_fails_anywhere_ends_the_others_at_once_and_a_slow_reward_is
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "ranks"), zip(METHODS, "3232", strict=True))
+@pytest.mark.parametrize(("method", "ranks"), list(zip(METHODS, "3232", strict=True)))
 def test_validation_figures_are_the_same_on_one_to_three_processes(method: str, ranks: str) -> None:
     """Of one to nine rows on two and three, with a token budget too, by ``python -m tests.shards``, in five minutes."""
     in_a_process_of_its_own("tests.shards", "--methods", method, "--ranks", ranks, "--rows", "1", "4", "7")
