@@ -124,6 +124,12 @@ PLANTED = [
     ),
     Mutant(
         "callbacks/evaluation/completions.py",
+        "            opened.callback(reference.free)",
+        "            pass",
+        "tests/test_adapters.py -k loads_no_second",
+    ),
+    Mutant(
+        "callbacks/evaluation/completions.py",
         "adapted=module.lora is not None,",
         "adapted=False,",
         "tests/test_adapters.py -k loads_no_second",

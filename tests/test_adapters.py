@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +144,12 @@ def asked(
     module: SFTModule, reference_model: str | None, file: Path, *, which: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[str], int]:
     """What the evaluation's policy (0) or reference (1) answers, and how many models were loaded for it."""
-    loaded: list[str] = []
+    loaded: list[weakref.ref[Any]] = []
 
-    def load(name: str, *rest: Any, **options: Any) -> PreTrainedModel:
-        loaded.append(name)
-        return load_causal_lm(name, *rest, **options)
+    def load(*given: Any, **options: Any) -> PreTrainedModel:
+        model = load_causal_lm(*given, **options)
+        loaded.append(weakref.ref(model))
+        return model
 
     monkeypatch.setattr("callbacks.evaluation.completions.load_causal_lm", load)
     monkeypatch.setattr("lightning_modules.models.reference.load_causal_lm", load)
@@ -155,7 +158,10 @@ def asked(
     with contextlib.closing(EvaluationCache(file)) as cache:
         how: dict[str, Any] = {"ranks": Ranks(1.0), "decoding": Decoding(8, 1.0, 1.0, 42), "batch_size": 2}
         both = completers(trainer, module, reference_model, cache=cache, **how)
-        return [side.completion for side in both[which](prompts)], len(loaded)
+        found = [side.completion for side in both[which](prompts)]
+        gc.collect()
+        assert [model() for model in loaded] == [None] * len(loaded), "a judge that comes next would lack its memory"
+        return found, len(loaded)
 
 
 def test_an_evaluation_loads_no_second_model_where_the_reference_is_the_policy_before_its_adapter(
@@ -175,6 +181,10 @@ def test_an_evaluation_loads_no_second_model_where_the_reference_is_the_policy_b
     for named in (None, name):
         assert ask(module, named, tmp_path / f"of {bool(named)}.sqlite", which=1) == (expected[0], 0)
     assert ask(module, None, tmp_path / "again.sqlite", which=0) == changed, "the adapter is on again"
+    own_template = module.tokenizer.chat_template
+    module.tokenizer.chat_template = f"{own_template}{{# another's tokens may be others #}}"
+    assert ask(module, name, tmp_path / "template.sqlite", which=1) == (expected[0], 1)
+    module.tokenizer.chat_template = own_template
     another = tmp_path / "another"
     make_tiny_model(another, rms_norm_eps=0.1)
     assert ask(module, str(another), tmp_path / "another.sqlite", which=1)[1] == 1

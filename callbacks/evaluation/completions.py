@@ -214,6 +214,7 @@ def completers(
     name, tokenizer = module.model_name, module.tokenizer
     if reference_model is not None:
         name, tokenizer = reference_model, load_tokenizer(reference_model, option=REFERENCE)
+        starts = starts and tokenizer.chat_template == module.tokenizer.chat_template  # or its tokens may be others
     reference = make_reference(
         None if starts else name,
         adapted=module.lora is not None,
@@ -226,6 +227,7 @@ def completers(
     @contextmanager
     def compared() -> Iterator[PreTrainedModel]:
         with ExitStack() as opened:
+            opened.callback(reference.free)  # before the judge is asked, who may be a model too
             model = ranks.own(lambda: opened.enter_context(reference.beside(module.model)))
             yield opened.enter_context(gathered(model))
 

@@ -195,9 +195,3 @@ def over_shards(model: PreTrainedModel, value: float, operation: Any) -> float:
     found = torch.tensor(value, device=model.device)
     dist.all_reduce(found, operation, group=sharding.mesh.get_group(sharding.mesh.ndim - 1))
     return float(found)
-
-
-def working_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What a copy of the model, or the model where it is whole, has its weights in."""
-    sharding = sharding_of(model)
-    return model.dtype if sharding is None or sharding.compute is None else sharding.compute
