@@ -58,13 +58,12 @@ def show(console: Console, settings: Configured, plan: Plan, device: str, availa
 
     module, traced, done = settings.model, plan.account.traced, plan.work
     line(f"{module.method} of {module.model_name} on {settings.data().dataset_name}")
-    counts = [size.all / 1e6 for size in (traced.parameters, traced.trained)]
-    line(f"parameters   {counts[0]:,.1f} million, {counts[1]:,.1f} million of them trained")
+    line(f"parameters   {rounded(traced.parameters.all)}, {rounded(traced.trained.all)} of them trained")
     tokens = int(plan.batch.tokens.attention_mask.sum())
     line(f"batch        at most about {tokens:,} tokens a process, by the first rows of the data")
     line(
-        f"work         {done.rows:,} rows x {done.epochs} epochs = {done.steps:,} steps, {done.tokens / 1e6:,.1f} "
-        f"million tokens, on {plan.processes} {'process' if plan.processes == 1 else 'processes'}"
+        f"work         {done.rows:,} rows x {done.epochs} epochs = {done.steps:,} steps, {rounded(done.tokens)} "
+        f"tokens, on {plan.processes} {'process' if plan.processes == 1 else 'processes'}"
     )
     if done.evaluations:
         calls = f", {done.calls:,} calls of the judge" if done.calls else ""
@@ -87,6 +86,11 @@ def show(console: Console, settings: Configured, plan: Plan, device: str, availa
     line(f"\n{'fits' if fits else 'does not fit'}: {most.total / GB:.2f} GB of {available / GB:.1f} GB")
     if not fits:
         line(advice(settings, device, available))
+
+
+def rounded(count: float) -> str:
+    """A count in millions, or in full where that would say little."""
+    return f"{count / 1e6:,.1f} million" if count >= 1e5 else f"{round(count):,}"
 
 
 def advice(settings: Configured, device: str, available: float) -> str:

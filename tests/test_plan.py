@@ -11,6 +11,7 @@ import wandb
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks import NemotronEvaluation
+from commands.plan import rounded
 from commands.planning.batch import Largest, largest_batch
 from commands.planning.memory import Account, Run, optimiser_bytes
 from commands.planning.trace import LiveMemory, Passes, Size, trace
@@ -281,3 +282,11 @@ def test_a_plan_that_fails_costs_a_finished_run_nothing(
     assert cli("fit", "--config", config("SFTModule", evaluation={"num_prompts": 0})).returncode == 0
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
     assert "memory" not in json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+COUNTS = {0: "0", 23_456.4: "23,456", 99_999: "99,999", 560_000: "0.6 million", 1.26e9: "1,260.0 million"}
+
+
+@pytest.mark.parametrize(("count", "told"), list(COUNTS.items()))
+def test_a_count_is_told_in_millions_where_it_has_some(count: float, told: str) -> None:
+    assert rounded(count) == told
